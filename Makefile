@@ -1,0 +1,44 @@
+# Each target sets up .venv by itself. PYTHON names the interpreter it is made with.
+PYTHON ?= python3
+RUN = .venv/bin/python
+SEED ?= 1337
+
+.PHONY: demo demo-controls test test-all lint bench clean
+
+# The whole path on two cores: facts -> tokens -> pretraining -> fine-tuning -> answers to questions never asked before.
+demo: .venv out/atlas/data/manifest.json
+	$(RUN) train.py config/demo_pretrain.toml --seed=$(SEED) --overwrite
+	$(RUN) finetune.py config/demo_finetune.toml --seed=$(SEED) --overwrite
+
+# The control beside it: the same fine-tuning of a model that was never pretrained.
+demo-controls: .venv out/atlas/data/manifest.json
+	$(RUN) train.py config/demo_pretrain.toml --seed=$(SEED) --max_steps=0 --out_dir=out/demo_untrained --overwrite
+	$(RUN) finetune.py config/demo_finetune.toml --seed=$(SEED) --init_from=out/demo_untrained --out_dir=out/demo_chat_untrained --overwrite
+
+out/atlas/data/manifest.json: data/atlas.py data/prepare.py | .venv
+	$(RUN) data/atlas.py --out out/atlas
+	$(RUN) data/prepare.py --input out/atlas/corpus.jsonl --out out/atlas/data --tokenizer bpe --vocab_size 2048 --overwrite
+
+test: .venv
+	$(RUN) -m pytest
+
+test-all: .venv
+	$(RUN) -m pytest -m "slow or not slow"
+
+lint: .venv
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+bench: .venv
+	$(RUN) bench/time_to_loss.py
+
+# The stamp is written last: an installation that broke off is done again.
+.venv: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf out .venv

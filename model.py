@@ -1,0 +1,307 @@
+"""GPT: a decoder-only Transformer in one file. It needs torch alone; copy it wherever you like.
+
+    config = GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
+    model = GPT(config)                     # the preset `modern`; GPT-2 itself is GPTConfig(..., **PRESETS["gpt2"])
+    logits = model(ids)                     # ids (B, T) int64 -> logits (B, T, V)
+    loss = model(ids, targets)              # targets (B, T), -100 where nothing is to be predicted -> mean loss in nats
+
+Shapes are written as letters: B batch, T time (tokens), C channels (n_embd), H heads, K key-value heads, D head size
+(C / H), V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and options of a GPT. The defaults are the preset `modern`. Raises ValueError where values do not fit together."""
+
+    vocab_size: int  # ids 0 to vocab_size - 1; the tables are padded inside, see padded_vocab_size
+    block_size: int = 1024  # longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None  # grouped-query attention (arXiv:2305.13245); None: n_head
+    n_embd: int = 768  # channels
+    position: str = "rope"  # rope (arXiv:2104.09864) | learned | sinusoidal (arXiv:1706.03762, section 3.5)
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    norm: str = "rmsnorm"  # rmsnorm (arXiv:1910.07467) | layernorm
+    norm_affine: bool = False  # norms have weights (and biases, with `bias`)
+    embed_norm: bool = True  # norm right after the embedding
+    mlp: str = "relu2"  # relu2 (squared ReLU, arXiv:2109.08668) | gelu (tanh form) | swiglu (arXiv:2002.05202)
+    mlp_hidden: int | None = None  # width inside the MLP; None: 4 C, and for swiglu 8/3 C, so that the parameters are as many
+    qk_norm: bool = True  # RMS-normalise queries and keys (arXiv:2302.05442), after the rotation
+    bias: bool = False  # in linear layers and norms
+    tie_embeddings: bool = False  # the head shares the embedding's table
+    logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap) (arXiv:2408.00118); 0: off
+    dropout: float = 0.0
+    window_pattern: str = "L"  # repeated over the layers: L sees the whole context, S the last window_size tokens
+    window_size: int = 256  # tokens
+    zero_init: bool = True  # output projections start at zero, so that every block starts as the identity (arXiv:2203.03466)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name, allowed in (
+            ("position", ("rope", "learned", "sinusoidal")),
+            ("norm", ("rmsnorm", "layernorm")),
+            ("mlp", ("relu2", "gelu", "swiglu")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}")
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            raise ValueError(f"n_head {self.n_head} must be divisible by n_kv_head {self.n_kv_head}")
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head size: n_embd / n_head is {self.head_size}")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
+        if self.mlp_hidden is not None and self.mlp_hidden < 1:
+            raise ValueError(f"mlp_hidden must be positive, not {self.mlp_hidden}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.logit_softcap < 0:
+            raise ValueError(f"logit_softcap must be positive, or 0 for none, not {self.logit_softcap}")
+        if not self.window_pattern or set(self.window_pattern) - set("LS"):
+            raise ValueError(f"window_pattern must be made of the letters L and S, not {self.window_pattern!r}")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def hidden_size(self) -> int:
+        """Width inside the MLP; for swiglu rounded up to a multiple of 32."""
+        if self.mlp_hidden:
+            return self.mlp_hidden
+        return math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head: matrix products are faster at multiples of 64. Their logits never leave GPT."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+
+PRESETS: dict[str, dict] = {
+    # The architecture that Hugging Face transformers calls NanoChat; these are GPTConfig's defaults.
+    "modern": {},
+    # GPT-2 (Radford et al. 2019), exactly.
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_affine": True,
+        "embed_norm": False,
+        "mlp": "gelu",
+        "qk_norm": False,
+        "bias": True,
+        "tie_embeddings": True,
+        "logit_softcap": 0.0,
+        "zero_init": False,
+    },
+}
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension, with or without weights."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind = config.norm
+        self.shape = (config.n_embd,)
+        self.weight = nn.Parameter(torch.ones(self.shape)) if config.norm_affine else None
+        has_bias = config.norm_affine and config.bias and config.norm == "layernorm"
+        self.bias = nn.Parameter(torch.zeros(self.shape)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "layernorm":
+            return F.layer_norm(x, self.shape, self.weight, self.bias, eps=1e-5)
+        return F.rms_norm(x, self.shape, self.weight, eps=1e-6)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turn each pair (i, i + D/2) of x (B, H, T, D) by an angle that grows with its position.
+
+    cos, sin (T, D/2). The angle between a query and a key then tells their distance, wherever they stand.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: every token gathers values from the tokens up to itself, weighted by how well its
+    query matches their keys."""
+
+    def __init__(self, config: GPTConfig, window: int | None) -> None:
+        super().__init__()
+        self.config, self.window = config, window
+        kv_size = config.kv_heads * config.head_size
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.k = nn.Linear(config.n_embd, kv_size, bias=config.bias)
+        self.v = nn.Linear(config.n_embd, kv_size, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, C = x.shape
+        c = self.config
+        q = self.q(x).view(B, T, c.n_head, c.head_size).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(B, T, c.kv_heads, c.head_size).transpose(1, 2)  # (B, K, T, D)
+        v = self.v(x).view(B, T, c.kv_heads, c.head_size).transpose(1, 2)  # (B, K, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if c.qk_norm:
+            q, k = (F.rms_norm(h, (c.head_size,), eps=1e-6) for h in (q, k))
+        windowed = self.window is not None and self.window < T
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=causal_window(T, self.window, x.device) if windowed else None,
+            is_causal=not windowed,
+            dropout_p=c.dropout if self.training else 0.0,
+            enable_gqa=c.kv_heads != c.n_head,
+        )  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def causal_window(T: int, window: int, device: torch.device) -> Tensor:
+    """Mask (T, T), true where token i (row) may look at token j: the last `window` tokens, itself included."""
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+class MLP(nn.Module):
+    """Position by position: widen, bend, narrow."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        self.fc = nn.Linear(config.n_embd, config.hidden_size, bias=config.bias)
+        if config.mlp == "swiglu":
+            self.gate = nn.Linear(config.n_embd, config.hidden_size, bias=config.bias)
+        self.proj = nn.Linear(config.hidden_size, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "swiglu":
+            return self.proj(F.silu(self.gate(x)) * self.fc(x))
+        h = self.fc(x)  # (B, T, 4C)
+        return self.proj(F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h).square())
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream (pre-norm)."""
+
+    def __init__(self, config: GPTConfig, window: int | None) -> None:
+        super().__init__()
+        self.norm_1, self.attn = Norm(config), Attention(config, window)
+        self.norm_2, self.mlp = Norm(config), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), rope))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, norm, head. See the module's docstring for use."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.pos_embed = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.embed_norm = Norm(config) if config.embed_norm else None
+        self.dropout = nn.Dropout(config.dropout)
+        pattern = config.window_pattern
+        windows = [config.window_size if pattern[i % len(pattern)] == "S" else None for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, window) for window in windows)
+        self.norm = Norm(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        # Tables of angles, position x frequency; not parameters, so not saved.
+        size = {"rope": config.head_size, "sinusoidal": config.n_embd, "learned": 0}[config.position]
+        frequencies = config.rope_theta ** -(torch.arange(0, size, 2) / max(size, 1))
+        angles = torch.outer(torch.arange(config.block_size), frequencies)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initial weights. With zero_init: embedding N(0, 1), hidden matrices N(0, 1/fan_in), output projections 0, head
+        N(0, 0.001). Without: GPT-2's N(0, 0.02), output projections divided by sqrt(2 n_layer)."""
+        zero_init = self.config.zero_init
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(std=1.0 if zero_init and not self.config.tie_embeddings else 0.02)
+            elif isinstance(module, nn.Linear):
+                std = module.in_features**-0.5 if zero_init else 0.02
+                if name.endswith(".proj"):
+                    std = 0.0 if zero_init else std / math.sqrt(2 * self.config.n_layer)
+                elif name == "head" and zero_init:
+                    std = 0.001
+                module.weight.normal_(std=std) if std else module.weight.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Logits (B, T, V) of the token after each of ids (B, T); or, given targets (B, T), the loss in nats.
+
+        Targets of -100 are ignored. The loss is the mean over the others, a scalar; with reduction "none" it is that of
+        each token (B, T), 0 where ignored. Raises ValueError for T > block_size.
+        """
+        logits = self.logits(self.hidden(ids))  # (B, T, V)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """The residual stream (B, T, C) after the last block and its norm, which the head turns into logits."""
+        T = ids.size(1)
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
+        x = self.embed(ids)  # (B, T, C)
+        rope = None
+        if self.config.position == "rope":
+            rope = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        elif self.pos_embed is not None:
+            x = x + self.pos_embed.weight[:T]
+        else:  # scaled as in the paper (section 3.4), so that the angles do not drown the tokens
+            x = x * math.sqrt(self.config.n_embd) + torch.cat((self.sin[:T], self.cos[:T]), dim=-1)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Head: hidden states (..., C) -> logits (..., V), the padded ids cut off."""
+        table = self.embed.weight if self.head is None else self.head.weight
+        logits = F.linear(x, table)[..., : self.config.vocab_size]
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def num_parameters(self) -> int:
+        """All trained numbers, a tied table once, padding included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def num_matrix_parameters(self) -> int:
+        """Weights that multiply every token: linear layers and the head (a tied table counts as the head), no look-ups."""
+        head = self.config.padded_vocab_size * self.config.n_embd
+        return head + sum(p.numel() for name, p in self.blocks.named_parameters() if p.ndim == 2)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token at full context: forward and backward, 6 per matrix weight, and
+        12 n_layer C T for attention (PaLM, arXiv:2204.02311, appendix B; the causal half is not subtracted)."""
+        c = self.config
+        return 6 * self.num_matrix_parameters() + 12 * c.n_layer * c.n_embd * c.block_size

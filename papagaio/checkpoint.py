@@ -1,0 +1,167 @@
+"""Checkpoint directories: complete without siblings, no pickle, verified by sha256, there whole or not at all.
+
+run/checkpoints/step-1000/   model.safetensors, model.json, optimizer.safetensors, state.json, tokenizer/, manifest.json
+run/checkpoints/last, best   small text files with the name of one of them
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from papagaio.config import MachineError, UserError
+from papagaio.shards import file_sha256
+from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    model: nn.Module,
+    model_fields: dict[str, Any],
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+    tokenizer: Tokenizer,
+) -> Path:
+    """Write checkpoints/step-N, N being state["step"], and return its path. Equal states give equal files."""
+    final = checkpoints / f"step-{state['step']}"
+    temporary = checkpoints / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary / "model.safetensors")
+    save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
+    _write_json(temporary / "model.json", model_fields)
+    _write_json(temporary / "state.json", state)
+    save_tokenizer(tokenizer, temporary / "tokenizer")
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    _write_json(temporary / "manifest.json", {"files": {str(f.relative_to(temporary)): file_sha256(f) for f in files}})
+    for path in [*files, temporary / "manifest.json", temporary / "tokenizer", temporary]:
+        _flush_to_disk(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _flush_to_disk(checkpoints)
+    return final
+
+
+def point_to(checkpoint: Path, name: str) -> None:
+    """Make the file `last` or `best` beside a checkpoint name it, at one stroke."""
+    temporary = checkpoint.with_name(f".{name}.tmp")
+    temporary.write_text(checkpoint.name + "\n", encoding="utf-8")
+    _flush_to_disk(temporary)
+    temporary.replace(checkpoint.with_name(name))
+    _flush_to_disk(checkpoint.parent)
+
+
+def prune(checkpoints: Path) -> None:
+    """Delete the checkpoints that neither last nor best names."""
+    kept = {
+        (checkpoints / name).read_text(encoding="utf-8").strip() for name in ("last", "best") if (checkpoints / name).exists()
+    }
+    for path in checkpoints.glob("step-*"):
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose files have been verified: `GPT(GPTConfig(**checkpoint.model_fields))` is its model."""
+
+    path: Path
+    model_fields: dict[str, Any]
+    state: dict[str, Any]
+    tokenizer: Tokenizer
+
+    def load_model(self, model: nn.Module) -> None:
+        """Copy the saved weights into a model. Raises UserError where the shapes differ, MachineError for NaN in them."""
+        tensors = _load_tensors(self.path / "model.safetensors")
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise MachineError(f"{self.path / 'model.safetensors'}: {name} holds numbers that are not finite")
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{self.path}: the weights do not fit model.json: {error}") from None
+
+    def load_optimizers(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Restore what `save_checkpoint` stored of the optimizers. Raises UserError where they are others."""
+        tensors = _load_tensors(self.path / "optimizer.safetensors")
+        names = {p: name for name, p in model.named_parameters()}
+        for i, optimizer in enumerate(optimizers):
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                prefix = f"{i}.{names[p]}."
+                found = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+                optimizer.state[p] = {key: tensor.to(p.device) for key, tensor in found.items()}
+        if tensors:
+            raise UserError(f"{self.path}: made with another optimizer; resume with the run's own options")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint directory, a `last` or `best` file, or a run (its last checkpoint), and verify its files.
+
+    Raises UserError where it is none of these, or damaged: the file is named.
+    """
+    path = resolve(path)
+    try:
+        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, sha256 in files.items():
+            if file_sha256(path / name) != sha256:
+                raise UserError(f"{path / name}: changed or cut short since it was written; take another checkpoint")
+        fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}; a checkpoint has this file") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a whole checkpoint ({error!r})") from None
+    return Checkpoint(path, fields, state, load_tokenizer(path / "tokenizer"))
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint directory that a path means: itself, or what a run's or a pointer file's name leads to."""
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint")
+    if (path / "manifest.json").exists() and not (path / "model.json").exists():
+        raise UserError(f"{path}: a dataset, not a checkpoint; name a run or a checkpoint directory")
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "last"
+    if path.is_file() and path.name in ("last", "best"):
+        path = path.parent / path.read_text(encoding="utf-8").strip()
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path}: not a checkpoint (no manifest.json); name a run, or a directory run/checkpoints/step-N")
+    return path
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{i}.{names[p]}.{key}": tensor.contiguous()
+        for i, optimizer in enumerate(optimizers)
+        for p, tensors in optimizer.state.items()
+        for key, tensor in tensors.items()
+    }
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

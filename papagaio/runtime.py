@@ -1,0 +1,101 @@
+"""The machine: device, precision, seeds, and what the chip could do at best."""
+
+import contextlib
+import signal
+from types import FrameType
+from typing import Self
+
+import torch
+
+from papagaio.config import UserError
+
+# Peak of dense bfloat16 matrix products in FLOP/s, from the makers' data sheets (without sparsity), by a part of the name
+# that torch.cuda.get_device_name gives. First match wins: the longer name stands first.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "RTX A6000": 154.8e12,
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto takes CUDA, then MPS, then the CPU. Raises UserError where this machine has none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device={name}: this machine has {torch.cuda.device_count()} CUDA devices; --device=cpu always works")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={name}: this machine has no MPS device; --device=cpu always works")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Type of the matrix products. auto: bfloat16 where the GPU computes it in hardware, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Run matrix products in `dtype`; weights, sums and the loss stay float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    # What stays in float32 under autocast may still use the tensor cores' TF32.
+    torch.set_float32_matmul_precision("high")
+    return torch.autocast(device.type, dtype)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in FLOP/s, None where the chip is not in the table: then no MFU is reported."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given: before reading a clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class StopSignal:
+    """While active, SIGINT and SIGTERM are noted in `received` instead of ending the process: training saves first.
+
+    A second signal ends it at once.
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> Self:
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise SystemExit(128 + number)
+        self.received = number

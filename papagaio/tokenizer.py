@@ -1,0 +1,268 @@
+"""Text <-> token ids: bytes, characters, or byte-pair encoding run by tiktoken.
+
+    tokenizer = train_bpe(["to be or not to be"], vocab_size=300)
+    tokenizer.encode("to be")            -> [258, 264], say: ordinary text only, whatever it spells
+    tokenizer.decode([258, 264])         -> "to be"
+    tokenizer.special["<|endoftext|>"]   -> 295, an id that no text is encoded to
+    save_tokenizer(tokenizer, path); load_tokenizer(path)
+
+Every tokenizer reserves the same five special tokens, so that fine-tuning never changes the vocabulary.
+"""
+
+import base64
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from papagaio.config import MachineError, UserError
+
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
+    "<|endoftext|>",  # begins every document and every conversation
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",  # ends a message
+)
+
+# Which pieces byte-pair merges stay inside: GPT-2's rule (openai/gpt-2, src/encoder.py), and GPT-4's with digits in groups of
+# one to three (tiktoken's cl100k_base).
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT4_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of _format_ranks(), 50,256 lines
+
+
+class Tokenizer(ABC):
+    """What every kind shares. `special` maps the special tokens to their ids; vocab_size counts them too."""
+
+    kind: str
+    special: dict[str, int]
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text: "<|end|>" in it becomes the ids of these seven characters. Raises UserError where it cannot."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one ordinary token; they need not be whole UTF-8 characters."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What tokenizer.json holds: all that is needed to build the tokenizer again, but for the ranks."""
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        names = {token: name.encode() for name, token in self.special.items()}
+        return b"".join(names[token] if token in names else self.token_bytes(token) for token in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens are spelled out, bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @cached_property
+    def byte_lengths(self) -> list[int]:
+        """UTF-8 bytes of each token, 0 for the special ones: what bits per byte are counted with."""
+        special = set(self.special.values())
+        return [0 if token in special else len(self.token_bytes(token)) for token in range(self.vocab_size)]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity: two tokenizers with equal sha256 give equal ids."""
+        return hashlib.sha256(_to_json(self.describe()).encode()).hexdigest()
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8; the special tokens follow."""
+
+    kind = "byte"
+
+    def __init__(self) -> None:
+        self.special = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = 256 + len(SPECIAL_TOKENS)
+
+    def encode(self, text: str) -> list[int]:
+        return list(_utf8(text))
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "pattern": None, "special_tokens": self.special}
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character of the corpus, in code point order; the special tokens follow."""
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = sorted(set(characters))
+        self.ids = {character: i for i, character in enumerate(self.characters)}
+        self.special = {name: len(self.ids) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(self.ids) + len(SPECIAL_TOKENS)
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError as error:
+            position = text.index(error.args[0])
+            raise UserError(
+                f"character {error.args[0]!r} (position {position} of {text[:20]!r}...) is not among the {len(self.ids)} "
+                "that this char tokenizer was made from; use one of those, or prepare the data with --tokenizer byte or bpe"
+            ) from None
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.characters[token].encode("utf-8")
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "pattern": None,
+            "special_tokens": self.special,
+            "characters": "".join(self.characters),
+        }
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-pair encoding: `ranks` maps byte strings to ids 0 to n - 1 in order of merging; tiktoken applies them."""
+
+    def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str) -> None:
+        import tiktoken
+
+        self.kind, self.ranks, self.pattern = kind, ranks, pattern
+        self.special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        # The special tokens are unknown to tiktoken, so that it cannot find them in a text.
+        self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        for text in texts:
+            _utf8(text)
+        return self.encoding.encode_ordinary_batch(list(texts), num_threads=threads)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.encoding.decode_single_token_bytes(token)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "pattern": self.pattern,
+            "special_tokens": self.special,
+            "ranks_sha256": hashlib.sha256(_format_ranks(self.ranks)).hexdigest(),
+        }
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT4_PATTERN) -> BPETokenizer:
+    """Learn byte-pair merges from texts, until there are vocab_size tokens, the five special ones among them.
+
+    A small corpus has no more pairs to merge at some point: then there are fewer. Raises UserError for vocab_size < 261.
+    """
+    import rustbpe
+
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(
+            f"--vocab_size={vocab_size}: a bpe tokenizer needs at least {smallest} (256 bytes and the special tokens)"
+        )
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    return BPETokenizer("bpe", ranks, pattern)
+
+
+def gpt2_tokenizer(ranks_file: Path | None = None) -> BPETokenizer:
+    """GPT-2's vocabulary: from a file in tiktoken's format, else through tiktoken's own cache or download.
+
+    Raises UserError for a file that is not GPT-2's, MachineError where tiktoken can neither find nor fetch it.
+    """
+    if ranks_file is not None:
+        ranks = _read_ranks(ranks_file)
+        if hashlib.sha256(_format_ranks(ranks)).hexdigest() != GPT2_RANKS_SHA256:
+            raise UserError(f"{ranks_file}: not GPT-2's vocabulary (50,256 ranks with a known sha256)")
+        return BPETokenizer("gpt2", ranks, GPT2_PATTERN)
+    import requests
+    import tiktoken
+
+    try:
+        return BPETokenizer("gpt2", tiktoken.get_encoding("gpt2")._mergeable_ranks, GPT2_PATTERN)
+    except (requests.RequestException, OSError) as error:
+        raise MachineError(
+            f"GPT-2's vocabulary is not in tiktoken's cache and cannot be downloaded ({type(error).__name__}); "
+            "name a file in tiktoken's format with --ranks, or set TIKTOKEN_CACHE_DIR to a filled cache"
+        ) from None
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write tokenizer.json and, for byte-pair encoding, ranks.tiktoken into a directory, made if missing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(_to_json(tokenizer.describe()), encoding="utf-8")
+    if isinstance(tokenizer, BPETokenizer):
+        (directory / "ranks.tiktoken").write_bytes(_format_ranks(tokenizer.ranks))
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer saved in a directory. Raises UserError where it is missing, damaged or not one."""
+    path = directory / "tokenizer.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a tokenizer directory holds tokenizer.json") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    kind = found.get("kind") if isinstance(found, dict) else None
+    if kind == "byte":
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif kind == "char" and isinstance(found.get("characters"), str):
+        tokenizer = CharTokenizer(found["characters"])
+    elif kind in ("bpe", "gpt2") and isinstance(found.get("pattern"), str):
+        tokenizer = BPETokenizer(kind, _read_ranks(directory / "ranks.tiktoken"), found["pattern"])
+    else:
+        raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe or gpt2")
+    if tokenizer.describe() != found:
+        raise UserError(f"{path}: does not describe the tokenizer beside it: damaged, or changed by hand")
+    return tokenizer
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}") from None
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+def _format_ranks(ranks: dict[bytes, int]) -> bytes:
+    """tiktoken's text format: a token in base64, a blank, its rank."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            if int(rank) != number - 1 or len(ranks) != number:
+                raise ValueError
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected byte-pair ranks in tiktoken's format") from None
+    except ValueError:
+        raise UserError(f"{path}:{number}: not tiktoken's format: base64, a blank, and the rank {number - 1}") from None
+    if len(ranks) < 256:
+        raise UserError(f"{path}: only {len(ranks)} ranks; the 256 bytes at least must be there")
+    return ranks
