@@ -1,0 +1,410 @@
+"""Write a small atlas of the world, and questions about it, from the Unicode CLDR tables that Babel carries (no network).
+
+Names of territories, languages and currencies in English and Portuguese, their codes, which territory uses which currency
+and official language (as CLDR has them), and weekdays and months in some thirty languages. Worked example, one line of each:
+
+    python data/atlas.py --out out/atlas
+    corpus.jsonl       {"text": "The currency of Finland is the euro."}
+    qa_train.jsonl     {"question": "What is the currency of United States?", "answer": "US dollar.", "kind": "currency"}
+    qa_dev.jsonl       {"question": "Qual é a moeda do território Timor-Leste?", "answer": "dólar americano.", "kind": "moeda"}
+    qa_test.jsonl      {"question": "What is Sunday in Turkish?", "answer": "Pazar.", "kind": "weekday"}
+    qa_left_out.jsonl  {"question": "What is the territory code of Tuvalu?", "answer": "TV.", "kind": "territory to code"}
+
+The corpus tells every fact in many wordings, equally often: those asked for in train, dev and test alike, never as a question.
+Fine-tuning on qa_train can therefore teach how to answer, but not the answers of dev and test. The facts of qa_left_out are
+told nowhere: what a model gets right there, it has guessed.
+
+The split is by entity. An entity is a territory, a language, a currency, or a weekday or month in one language; all questions
+about it are in one file. A question may not name an entity (in English, in Portuguese or by its code) that is held out in
+another file: "What is the currency of South Sudan?" is dropped from training where Sudan is in the test. Only an answer may.
+Languages whose weekdays and months are asked for are named by those questions, so as entities they are all in training, as are
+English and Portuguese. A name left out is not in the corpus at all: other entities' facts that mention it are dropped too.
+"""
+
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from papagaio.config import Options, UserError, option, parse, run
+
+TURNS = 15  # a turn tells every fact four times: twice alone, once beside facts of its entity, once beside facts of its relation
+ARTICLE = 4, 6  # fewest and most facts of an article
+SHARES = {"left_out": 0.075, "test": 0.3, "dev": 0.1}  # of the entities of each sort; the others are for training
+
+# Weekdays and months are told in these. All are written in Latin letters: a small vocabulary spells other scripts byte by byte.
+CALENDAR_LANGUAGES = "af ca cs cy da de es et eu fi fr ga gl hr hu id is it lt lv nl no pl pt ro sk sl sq sv sw tr".split()  # noqa: SIM905
+# Regions that are no ISO 3166 territories, tests of CLDR, and Hong Kong and Macao, whose names there are formulas.
+ODD_TERRITORIES = set("AC CP CQ DG EA EU EZ HK IC MO QO TA UN XA XB XK ZZ".split())  # noqa: SIM905
+PLAIN_NAME = re.compile(r"[^\W\d_](?!.* - )[\w .’'&-]{1,39}")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How a fact is put into words; {a} and {b} are what it relates, {c} is a calendar word's language."""
+
+    told: tuple[str, ...]  # sentences, or a heading and the line under it
+    lists: tuple[str, ...]  # a title, and the line that each fact gets under it
+    asked: dict[str, tuple[str, str]]  # kind: question and answer
+
+
+# "do território", because CLDR does not tell the article of a Portuguese name (o Brasil, a França, Portugal).
+PORTUGUESE_ATTRIBUTE = Relation(
+    told=(
+        "A {relation} do território {a} é: {b}.",
+        "O território {a} tem como {relation}: {b}.",
+        "No território {a}, a {relation} é: {b}.",
+        "{a}: {relation}, {b}.",
+        "Território {a}, {relation} {b}.",
+        "{relation} do território {a}\n{b}.",
+        "{b} é a {relation} do território {a}.",
+        "{b}: {relation} do território {a}.",
+        "A {relation} {b} é a do território {a}.",
+        "{b}\n{relation} do território {a}.",
+    ),
+    lists=("{relation}, por território\n{a}: {b}.", "{relation} e território\n{b}: {a}."),
+    asked={"{relation}": ("Qual é a {relation} do território {a}?", "{b}.")},
+)
+
+RELATIONS = {
+    "name": Relation(
+        told=(
+            "The Portuguese name of {a} is {b}.",
+            "In Portuguese, the name of {a} is {b}.",
+            "{a} is {b} in Portuguese.",
+            "{a}: Portuguese name, {b}.",
+            "English {a}, Portuguese {b}.",
+            "Portuguese name of {a}\n{b}.",
+            "The {sort} {a} has the Portuguese name {b}.",
+            "The English name of {b} is {a}.",
+            "In English, the name of {b} is {a}.",
+            "{b} is {a} in English.",
+            "{b}: English name, {a}.",
+            "Portuguese {b}, English {a}.",
+            "English name of {b}\n{a}.",
+            "The {sort} {b} has the English name {a}.",
+        ),
+        lists=("Portuguese names\n{a}: {b}.", "English names\n{b}: {a}."),
+        asked={
+            "{sort} to Portuguese": ("What is the Portuguese name of {a}?", "{b}."),
+            "{sort} to English": ("What is the English name of {b}?", "{a}."),
+        },
+    ),
+    "code": Relation(
+        told=(
+            "The {sort} code of {a} is {b}.",
+            "{a} has the {sort} code {b}.",
+            "{a}: {sort} code, {b}.",
+            "For {a}, write the {sort} code {b}.",
+            "{sort} code of {a}\n{b}.",
+            "The {sort} code {b} stands for {a}.",
+            "{b} is the {sort} code of {a}.",
+            "{b}: {sort} code, {a}.",
+            "If the {sort} code is {b}, the {sort} is {a}.",
+            "{sort} code {b}\n{a}.",
+        ),
+        lists=("{sort} codes\n{a}: {b}.", "{sort} by code\n{b}: {a}."),
+        asked={
+            "{sort} to code": ("What is the {sort} code of {a}?", "{b}."),
+            "code to {sort}": ("What does the {sort} code {b} stand for?", "{a}."),
+        },
+    ),
+    "currency": Relation(
+        told=(
+            "The currency of {a} is the {b}.",
+            "{a} uses the {b}.",
+            "In {a}, the currency is the {b}.",
+            "People in {a} pay with the {b}.",
+            "{a}: currency, {b}.",
+            "Currency of {a}\n{b}.",
+            "The {b} is the currency of {a}.",
+            "The {b} is used in {a}.",
+            "{b}: currency of {a}.",
+            "{b}\nCurrency of {a}.",
+        ),
+        lists=("Currencies\n{a}: {b}.", "Currencies and where they are used\n{b}: {a}."),
+        asked={"currency": ("What is the currency of {a}?", "{b}.")},
+    ),
+    "official language": Relation(
+        told=(
+            "The official language of {a} is {b}.",
+            "{a} has the official language {b}.",
+            "In {a}, the official language is {b}.",
+            "{a}: official language, {b}.",
+            "Officially, {a} speaks {b}.",
+            "Official language of {a}\n{b}.",
+            "{b} is the official language of {a}.",
+            "{b} is official in {a}.",
+            "{b}: official language of {a}.",
+            "{b}\nOfficial language of {a}.",
+        ),
+        lists=("Official languages\n{a}: {b}.", "Official languages and where they are spoken\n{b}: {a}."),
+        asked={"official language": ("What is the official language of {a}?", "{b}.")},
+    ),
+    "calendar": Relation(
+        told=(
+            "{a} in {c} is {b}.",
+            "In {c}, {a} is {b}.",
+            "The {c} word for {a} is {b}.",
+            "{a}: {c}, {b}.",
+            "English {a}, {c} {b}.",
+            "{a} in {c}\n{b}.",
+            "{c} {b} in English is {a}.",
+            "In English, {c} {b} is {a}.",
+            "The {c} word {b} means {a}.",
+            "{c} {b}: English, {a}.",
+            "{c} {b}, English {a}.",
+            "{c} {b} in English\n{a}.",
+        ),
+        lists=("The {c} calendar\n{a} in {c}: {b}.", "The {c} calendar in English\n{c} {b}: {a}."),
+        asked={
+            "{sort}": ("What is {a} in {c}?", "{b}."),
+            "{sort} to English": ("What is {c} {b} in English?", "{a}."),
+        },
+    ),
+    "moeda": PORTUGUESE_ATTRIBUTE,
+    "língua oficial": PORTUGUESE_ATTRIBUTE,
+}
+
+
+class Entity(NamedTuple):
+    sort: str  # territory, language, currency, weekday or month
+    names: tuple[str, ...]  # all phrases by which a question may name it; first in English, then in Portuguese
+
+
+class Fact(NamedTuple):
+    entity: Entity  # whose split it follows: Brazil in "The currency of Brazil is the Brazilian real."
+    relation: str
+    a: str
+    b: str
+    c: str = ""
+
+    def tell(self, wording: str) -> str:
+        """`{a} uses the {b}.` -> `Brazil uses the Brazilian real.`"""
+        return wording.format(sort=self.entity.sort, relation=self.relation, a=self.a, b=self.b, c=self.c)
+
+    def ask(self) -> list[dict[str, str]]:
+        """-> [{"question": "What is the currency of Brazil?", "answer": "Brazilian real.", "kind": "currency"}]"""
+        asked = RELATIONS[self.relation].asked.items()
+        return [{"question": self.tell(q), "answer": self.tell(a), "kind": self.tell(kind)} for kind, (q, a) in asked]
+
+
+class AtlasOptions(Options):
+    out: Path = option(..., "directory for corpus.jsonl and the four files of questions")
+    seed: int = option(1337, "of the split, the wordings and the order", ge=0, lt=2**63)
+
+
+def main(config: AtlasOptions) -> None:
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out={config.out}: a file is there; name a directory")
+    rng = random.Random(config.seed)
+    facts = read_facts()
+    split_of = split(facts, rng)
+    held_out = {name: entity for entity, part in split_of.items() if part != "train" for name in map(words, entity.names)}
+
+    def mentions_left_out(fact: Fact) -> bool:
+        return any(split_of[entity] == "left_out" for entity in named(held_out, fact.a, fact.b) - {fact.entity})
+
+    facts = [fact for fact in facts if not mentions_left_out(fact)]
+    questions: dict[str, list[dict[str, str]]] = {"train": [], "dev": [], "test": [], "left_out": []}
+    for fact in facts:
+        part = split_of[fact.entity]
+        for row in fact.ask():
+            if all(split_of[entity] == part for entity in named(held_out, row["question"])):
+                questions[part].append(row)
+    for rows in questions.values():
+        rng.shuffle(rows)
+    corpus = compose([fact for fact in facts if split_of[fact.entity] != "left_out"], rng)
+    write(config.out, {"corpus": corpus, **{f"qa_{part}": rows for part, rows in questions.items()}})
+
+
+def read_facts() -> list[Fact]:
+    """All facts, in a fixed order, but for those that ask for nothing: their two sides are the same name (Angola, Angola)."""
+    entities = read_entities()
+    facts = [*name_and_code_facts(entities), *territory_facts(entities), *calendar_facts()]
+    return [fact for fact in facts if fact.a.casefold() != fact.b.casefold()]
+
+
+def read_entities() -> dict[str, dict[str, Entity]]:
+    """{sort: {code: Entity}} of the territories, languages and currencies that have a plain name of their own."""
+    english, portuguese = read_names("en"), read_names("pt")
+    entities: dict[str, dict[str, Entity]] = {}
+    for sort, table in english.items():
+        # A bare "is" in a question is the verb, but "language code is" is Icelandic; capitals are unmistakable.
+        prefix = "language code " if sort == "language" else ""
+        pairs = {code: (name, portuguese[sort][code]) for code, name in sorted(table.items()) if code in portuguese[sort]}
+        plain = {code: pair for code, pair in pairs.items() if all(map(PLAIN_NAME.fullmatch, pair))}
+        entities[sort] = {code: Entity(sort, (*pair, prefix + code)) for code, pair in plain.items()}
+    bearers = Counter(name for table in entities.values() for entity in table.values() for name in set(map(words, entity.names)))
+    return {
+        sort: {code: entity for code, entity in table.items() if all(bearers[words(name)] == 1 for name in entity.names)}
+        for sort, table in entities.items()
+    }
+
+
+def read_names(locale: str) -> dict[str, dict[str, str]]:
+    """{sort: {code: name}} of territories, languages with two-letter codes, and today's currencies."""
+    from babel.core import get_global
+
+    table, outdated = load_locale(locale), get_global("language_aliases")
+    territories = {code: n for code, n in table["territories"].items() if code.isalpha() and code not in ODD_TERRITORIES}
+    languages = {code: n for code, n in table["languages"].items() if len(code) == 2 and code not in outdated}
+    current = {code for territory in territories for code in tender(territory)}
+    # The plain names are titles (Brazilian Real); the forms after "one" stand inside a sentence, but for Portuguese's capitals.
+    forms = {code: row["one"] for code, row in table["currency_names_plural"].items() if code in current}
+    currencies = {code: n if locale == "en" else n[0].lower() + n[1:] for code, n in forms.items()}
+    return {"territory": territories, "language": languages, "currency": currencies}
+
+
+def load_locale(name: str) -> dict[str, Any]:
+    """Babel's table of a locale as it stands: inheritance, once many locales are loaded, mixes them up (Babel 2.18)."""
+    from babel import localedata
+
+    return localedata.load(name, merge_inherited=False)
+
+
+def tender(territory: str) -> list[str]:
+    """Codes of the currencies that are legal tender in a territory today."""
+    from babel.core import get_global
+
+    return [code for code, _, end, legal in get_global("territory_currencies").get(territory, ()) if legal and end is None]
+
+
+def official_languages(territory: str) -> list[str]:
+    from babel.core import get_global
+
+    status_of = get_global("territory_languages").get(territory, {})
+    return [code for code, row in status_of.items() if row["official_status"] in ("official", "de_facto_official")]
+
+
+def calendar_words(language: str, section: str) -> dict[int, str]:
+    """`calendar_words("hr", "days")[0]` -> `ponedjeljak`."""
+    forms = load_locale(language).get(section, {})
+    for context in ("stand-alone", "format"):  # Polish "styczeń" stands alone, "stycznia" is the form inside a date
+        wide = forms.get(context, {}).get("wide")
+        if isinstance(wide, dict):
+            return wide
+    raise AssertionError(f"{language} inherits its {section}: not a language for the atlas")
+
+
+def name_and_code_facts(entities: dict[str, dict[str, Entity]]) -> Iterable[Fact]:
+    for table in entities.values():
+        for code, entity in table.items():
+            english, portuguese, _ = entity.names
+            yield Fact(entity, "name", english, portuguese)
+            yield Fact(entity, "code", english, code)
+
+
+def territory_facts(entities: dict[str, dict[str, Entity]]) -> Iterable[Fact]:
+    """Currency and official language, where there is exactly one and it is an entity."""
+    for code, entity in entities["territory"].items():
+        for sort, values, relations in (
+            ("currency", tender(code), ("currency", "moeda")),
+            ("language", official_languages(code), ("official language", "língua oficial")),
+        ):
+            if len(values) == 1 and (value := entities[sort].get(values[0])):
+                # The third name, a code, has no relation to go with.
+                for relation, a, b in zip(relations, entity.names, value.names, strict=False):
+                    yield Fact(entity, relation, a, b)
+
+
+def calendar_facts() -> Iterable[Fact]:
+    """Weekdays and months: each in each language is an entity of its own."""
+    language_names = load_locale("en")["languages"]
+    for code in CALENDAR_LANGUAGES:
+        language = language_names[code]
+        spelled = {section: calendar_words(code, section) for section in ("days", "months")}
+        vocabulary = [set(words(word)) for table in spelled.values() for word in table.values()]
+        for sort, section in (("weekday", "days"), ("month", "months")):
+            for key, english in sorted(calendar_words("en", section).items()):
+                word = spelled[section][key]
+                # Welsh "Mawrth" is March, and Tuesday in "Dydd Mawrth".
+                if sum(set(words(word)) <= other for other in vocabulary) == 1:
+                    entity = Entity(sort, (f"{english} in {language}", f"{language} {word}"))
+                    yield Fact(entity, "calendar", english, word, language)
+
+
+def split(facts: list[Fact], rng: random.Random) -> dict[Entity, str]:
+    """{entity: "train", "dev", "test" or "left_out"}, each sort of entity in the same shares."""
+    split_of = {fact.entity: "train" for fact in facts}
+    named_by_questions = {f"language code {code}" for code in (*CALENDAR_LANGUAGES, "en")}
+    mentioned = Counter(fact.b for fact in facts if fact.relation in ("currency", "official language"))
+    for sort in dict.fromkeys(entity.sort for entity in split_of):
+        free = [entity for entity in split_of if entity.sort == sort and named_by_questions.isdisjoint(entity.names)]
+        left_out, test, dev = (round(share * len(free)) for share in SHARES.values())
+        rng.shuffle(free)
+        # First, to be left out, what few facts mention: were the euro left out, so would be the currencies of thirty territories.
+        free.sort(key=lambda entity: mentioned[entity.names[0]] > 1)
+        free[left_out:] = rng.sample(free[left_out:], len(free) - left_out)
+        parts = ["left_out"] * left_out + ["test"] * test + ["dev"] * dev
+        split_of.update(zip(free, parts, strict=False))  # those beyond stay in train
+    return split_of
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`US dollar, Timor-Leste` -> `("US", "dollar", "timor", "leste")`: capitals alone are kept, since codes are capitals."""
+    return tuple(word if word.isupper() else word.casefold() for word in re.findall(r"\w+", text))
+
+
+def named(names: dict[tuple[str, ...], Entity], *texts: str) -> set[Entity]:
+    """The entities that the texts name, also inside a longer name: South Sudan names Sudan."""
+    found = set()
+    for text in texts:
+        spoken = words(text)
+        spans = {spoken[i:j] for i in range(len(spoken)) for j in range(i + 1, len(spoken) + 1)}
+        found |= {names[span] for span in spans & names.keys()}
+    return found
+
+
+def compose(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
+    """The documents of the corpus, shuffled: facts alone, in all wordings by turns; then articles on a subject; then lists."""
+    documents = []
+    for turn in range(TURNS):
+        for place, fact in enumerate(facts):
+            told = RELATIONS[fact.relation].told
+            documents += [fact.tell(told[(place + 2 * turn + extra) % len(told)]) for extra in (0, 1)]
+        for article in articles(facts, lambda fact: fact.c or fact.entity, rng):
+            wordings = ([w for w in RELATIONS[fact.relation].told if "\n" not in w] for fact in article)
+            lines = [fact.tell(rng.choice(told)) for fact, told in zip(article, wordings, strict=True)]
+            documents.append(rng.choice(" \n").join(lines))
+        for article in articles(facts, lambda fact: (fact.relation, fact.entity.sort, fact.c), rng):
+            title, line = rng.choice(RELATIONS[article[0].relation].lists).split("\n")
+            documents.append("\n".join([article[0].tell(title), *(fact.tell(line) for fact in article)]))
+    rng.shuffle(documents)
+    return [{"text": text} for text in documents]
+
+
+def articles(facts: list[Fact], subject: Callable[[Fact], Hashable], rng: random.Random) -> Iterable[list[Fact]]:
+    """All facts, in random order, a few of the same subject at a time."""
+    groups: dict[Hashable, list[Fact]] = {}
+    for fact in rng.sample(facts, len(facts)):
+        groups.setdefault(subject(fact), []).append(fact)
+    for group in groups.values():
+        while group:
+            size = rng.randint(*ARTICLE)
+            yield group[:size]
+            del group[:size]
+
+
+def write(out: Path, files: dict[str, list[dict[str, str]]]) -> None:
+    """Write JSON lines under temporary names and rename them once all are complete."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        with (out / f"{name}.jsonl.tmp").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, rows in files.items():
+        path = (out / f"{name}.jsonl.tmp").replace(out / f"{name}.jsonl")
+        kinds = Counter(row["kind"] for row in rows if "kind" in row)
+        counts = "".join(f", {count} {kind}" for kind, count in sorted(kinds.items()))
+        print(f"{path}: {len(rows):,} lines, {path.stat().st_size:,} bytes{counts}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main, parse(AtlasOptions, doc=__doc__))
