@@ -11,6 +11,7 @@ Shapes are written as letters: B batch, T time (tokens), C channels (n_embd), H 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -211,6 +212,57 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
+class HeadLoss(torch.autograd.Function):
+    """Head, soft-cap and cross-entropy in one, some rows at a time, so that the logits of a batch never stand in memory.
+
+    With a vocabulary of 50,304 they and their gradients would be most of it; and small pieces stay in a CPU's cache. The
+    gradient of a weighted sum of losses needs nothing from above but a factor, so it is made along with the loss.
+    """
+
+    CHUNK = 2**19  # logits at a time: 2 MiB
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, table: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float
+    ) -> tuple[Tensor, Tensor]:
+        """x (N, C), table (padded V, C), targets and weights (N,) -> weighted sum of the losses, and the losses (N,).
+
+        Only the sum can be differentiated."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        head = table[:vocab_size].to(dtype)  # (V, C)
+        losses = torch.empty(len(x), device=x.device)
+        needs_grad = any(ctx.needs_input_grad)
+        grad_x = torch.empty_like(x) if needs_grad else None
+        grad_table = torch.zeros_like(table) if needs_grad else None
+        for rows in torch.arange(len(x)).split(max(1, HeadLoss.CHUNK // vocab_size)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            xi, ignored = x[part].to(dtype), targets[part] == -100
+            target = targets[part].clamp_min(0)[:, None]  # (n, 1)
+            logits = F.linear(xi, head).float()  # (n, V)
+            if cap:
+                tanh = logits.div_(cap).tanh_()
+                logits = tanh * cap
+            total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+            losses[part] = (total - logits.gather(1, target)).squeeze(1).masked_fill(ignored, 0)
+            if needs_grad:
+                grad = logits.sub_(total).exp_()  # probabilities, and 1 less at the target: the gradient by the logits
+                grad.scatter_add_(1, target, torch.full_like(total, -1)).mul_(weights[part].masked_fill(ignored, 0)[:, None])
+                if cap:
+                    grad.mul_(tanh.square_().neg_().add_(1))
+                grad = grad.to(dtype)
+                grad_x[part] = grad @ head
+                grad_table[:vocab_size] += grad.T @ xi
+        ctx.save_for_backward(grad_x, grad_table)
+        ctx.mark_non_differentiable(losses)
+        return losses @ weights, losses
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_table = ctx.saved_tensors
+        return grad_x * factor, grad_table * factor, None, None, None, None
+
+
 class GPT(nn.Module):
     """Embedding, blocks, norm, head. See the module's docstring for use."""
 
@@ -252,17 +304,29 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     module.bias.zero_()
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Logits (B, T, V) of the token after each of ids (B, T); or, given targets (B, T), the loss in nats.
+    def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each of ids (B, T); or, given targets (B, T), the loss in nats, a scalar.
 
-        Targets of -100 are ignored. The loss is the mean over the others, a scalar; with reduction "none" it is that of
-        each token (B, T), 0 where ignored. Raises ValueError for T > block_size.
+        Targets of -100 are ignored. The loss is the mean over the others; given weights (B, T), it is their weighted sum, so
+        that a step of several micro-batches can be normalised as a whole. Raises ValueError for T > block_size.
         """
-        logits = self.logits(self.hidden(ids))  # (B, T, V)
+        x = self.hidden(ids)  # (B, T, C)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
+            return self.logits(x)
+        if weights is None:
+            wanted = (targets != -100).float()
+            weights = wanted / wanted.sum()
+        return self._head_loss(x, targets, weights)[0]
+
+    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target (B, T), 0 where it is -100; for measuring, not for training."""
+        x = self.hidden(ids).detach()
+        return self._head_loss(x, targets, torch.ones(targets.shape, device=x.device))[1].view_as(targets)
+
+    def _head_loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        x = x.flatten(0, 1)  # (B T, C)
+        return HeadLoss.apply(x, self.head_weight, targets.flatten(), weights.flatten(), c.vocab_size, c.logit_softcap)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """The residual stream (B, T, C) after the last block and its norm, which the head turns into logits."""
@@ -286,10 +350,14 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Head: hidden states (..., C) -> logits (..., V), the padded ids cut off."""
-        table = self.embed.weight if self.head is None else self.head.weight
-        logits = F.linear(x, table)[..., : self.config.vocab_size]
+        logits = F.linear(x, self.head_weight)[..., : self.config.vocab_size]
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The table (padded V, C) that turns hidden states into logits."""
+        return self.embed.weight if self.head is None else self.head.weight
 
     def num_parameters(self) -> int:
         """All trained numbers, a tied table once, padding included."""

@@ -170,7 +170,7 @@ def fit(
                 for micro in batch.split(config.micro_batch_size or config.batch_size):
                     ids, targets, weights = micro.to(device)
                     with runtime.autocast(device, dtype):
-                        loss = (model(ids, targets, reduction="none") * weights).sum()
+                        loss = model(ids, targets, weights)
                     loss.backward()
                     loss_sum += loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -249,7 +249,7 @@ def dry_run(model: GPT, loader: WindowLoader, config: TrainOptions) -> None:
         for micro in loader(step)[0].split(config.micro_batch_size or config.batch_size):
             ids, targets, weights = micro.to(device)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
-                loss = (model(ids, targets, reduction="none") * weights).sum()
+                loss = model(ids, targets, weights)
             if not step:
                 activations = sum(saved.values())
             loss.backward()

@@ -1,7 +1,7 @@
 """Write a small atlas of the world, and questions about it, from the Unicode CLDR tables that Babel carries (no network).
 
-Names of territories, languages and currencies in English and Portuguese, their codes, which territory uses which currency
-and official language (as CLDR has them), and weekdays and months in some thirty languages. Worked example, one line of each:
+Names of territories, languages and currencies in English and Portuguese, which territory uses which currency and official
+language (as CLDR has them), and weekdays and months in some thirty languages. Worked example, one line of each:
 
     python data/atlas.py --out out/atlas
     corpus.jsonl       {"text": "The currency of Finland is the euro."}
@@ -15,10 +15,10 @@ Fine-tuning on qa_train can therefore teach how to answer, but not the answers o
 told nowhere: what a model gets right there, it has guessed.
 
 The split is by entity. An entity is a territory, a language, a currency, or a weekday or month in one language; all questions
-about it are in one file. A question may not name an entity (in English, in Portuguese or by its code) that is held out in
-another file: "What is the currency of South Sudan?" is dropped from training where Sudan is in the test. Only an answer may.
-Languages whose weekdays and months are asked for are named by those questions, so as entities they are all in training, as are
-English and Portuguese. A name left out is not in the corpus at all: other entities' facts that mention it are dropped too.
+about it are in one file. A question may not name an entity (in English or in Portuguese) that is held out in another file:
+"What is the currency of South Sudan?" is dropped from training where Sudan is in the test. Only an answer may. Languages whose
+weekdays and months are asked for are named by those questions, so as entities they are all in training, as are English and
+Portuguese. A name left out is not in the corpus at all: other entities' facts that mention it are dropped, too.
 """
 
 import json
@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from papagaio.config import Options, UserError, option, parse, run
 
-TURNS = 15  # a turn tells every fact four times: twice alone, once beside facts of its entity, once beside facts of its relation
+TURNS = 20  # in a turn every fact is told alone, beside facts of its entity, and in a list of facts of its relation
 ARTICLE = 4, 6  # fewest and most facts of an article
-SHARES = {"left_out": 0.075, "test": 0.3, "dev": 0.1}  # of the entities of each sort; the others are for training
+SHARES = {"left_out": 0.075, "test": 0.35, "dev": 0.1}  # of the entities of each sort; the others are for training
 
 # Weekdays and months are told in these. All are written in Latin letters: a small vocabulary spells other scripts byte by byte.
 CALENDAR_LANGUAGES = "af ca cs cy da de es et eu fi fr ga gl hr hu id is it lt lv nl no pl pt ro sk sl sq sv sw tr".split()  # noqa: SIM905
@@ -51,119 +51,94 @@ class Relation:
     """How a fact is put into words; {a} and {b} are what it relates, {c} is a calendar word's language."""
 
     told: tuple[str, ...]  # sentences, or a heading and the line under it
-    lists: tuple[str, ...]  # a title, and the line that each fact gets under it
+    lists: tuple[str, ...]  # for each direction it is asked in, a title, and the lines that each fact gets under it
     asked: dict[str, tuple[str, str]]  # kind: question and answer
 
 
+# Most wordings put what will be asked for at the start of a line, where an answer stands, too: a tokenizer has other tokens for
+# "real" than for " real", so a model that has only seen the word inside a line must learn it anew to begin an answer with it.
 # "do território", because CLDR does not tell the article of a Portuguese name (o Brasil, a França, Portugal).
 PORTUGUESE_ATTRIBUTE = Relation(
     told=(
-        "A {relation} do território {a} é: {b}.",
-        "O território {a} tem como {relation}: {b}.",
-        "No território {a}, a {relation} é: {b}.",
-        "{a}: {relation}, {b}.",
-        "Território {a}, {relation} {b}.",
+        "A {relation} do território {a}:\n{b}.",
         "{relation} do território {a}\n{b}.",
+        "No território {a}, a {relation} é:\n{b}.",
+        "O território {a} tem como {relation}:\n{b}.",
+        "Qual {relation} tem o território {a}:\n{b}.",
+        "A {relation} do território {a} é: {b}.",
         "{b} é a {relation} do território {a}.",
         "{b}: {relation} do território {a}.",
-        "A {relation} {b} é a do território {a}.",
-        "{b}\n{relation} do território {a}.",
     ),
-    lists=("{relation}, por território\n{a}: {b}.", "{relation} e território\n{b}: {a}."),
+    lists=("{relation} por território\n- território {a}:\n{b}.",),
     asked={"{relation}": ("Qual é a {relation} do território {a}?", "{b}.")},
 )
 
 RELATIONS = {
     "name": Relation(
         told=(
-            "The Portuguese name of {a} is {b}.",
-            "In Portuguese, the name of {a} is {b}.",
-            "{a} is {b} in Portuguese.",
-            "{a}: Portuguese name, {b}.",
-            "English {a}, Portuguese {b}.",
+            "The Portuguese name of {a}:\n{b}.",
+            "The English name of {b}:\n{a}.",
             "Portuguese name of {a}\n{b}.",
-            "The {sort} {a} has the Portuguese name {b}.",
-            "The English name of {b} is {a}.",
-            "In English, the name of {b} is {a}.",
-            "{b} is {a} in English.",
-            "{b}: English name, {a}.",
-            "Portuguese {b}, English {a}.",
             "English name of {b}\n{a}.",
-            "The {sort} {b} has the English name {a}.",
+            "In Portuguese, the name of {a} is:\n{b}.",
+            "In English, the name of {b} is:\n{a}.",
+            "In Portuguese, the {sort} {a} is called:\n{b}.",
+            "In English, the {sort} {b} is called:\n{a}.",
+            "{a} is {b} in Portuguese.",
+            "{b} is {a} in English.",
+            "English {a}, Portuguese {b}.",
+            "Portuguese {b}, English {a}.",
         ),
-        lists=("Portuguese names\n{a}: {b}.", "English names\n{b}: {a}."),
+        lists=("Portuguese names\n- {a}:\n{b}.", "English names\n- {b}:\n{a}."),
         asked={
             "{sort} to Portuguese": ("What is the Portuguese name of {a}?", "{b}."),
             "{sort} to English": ("What is the English name of {b}?", "{a}."),
         },
     ),
-    "code": Relation(
-        told=(
-            "The {sort} code of {a} is {b}.",
-            "{a} has the {sort} code {b}.",
-            "{a}: {sort} code, {b}.",
-            "For {a}, write the {sort} code {b}.",
-            "{sort} code of {a}\n{b}.",
-            "The {sort} code {b} stands for {a}.",
-            "{b} is the {sort} code of {a}.",
-            "{b}: {sort} code, {a}.",
-            "If the {sort} code is {b}, the {sort} is {a}.",
-            "{sort} code {b}\n{a}.",
-        ),
-        lists=("{sort} codes\n{a}: {b}.", "{sort} by code\n{b}: {a}."),
-        asked={
-            "{sort} to code": ("What is the {sort} code of {a}?", "{b}."),
-            "code to {sort}": ("What does the {sort} code {b} stand for?", "{a}."),
-        },
-    ),
     "currency": Relation(
         told=(
-            "The currency of {a} is the {b}.",
-            "{a} uses the {b}.",
-            "In {a}, the currency is the {b}.",
-            "People in {a} pay with the {b}.",
-            "{a}: currency, {b}.",
+            "The currency of {a}:\n{b}.",
             "Currency of {a}\n{b}.",
+            "In {a}, the currency is:\n{b}.",
+            "People in {a} pay with this currency:\n{b}.",
+            "{a} has the currency:\n{b}.",
+            "{a} uses the {b}.",
             "The {b} is the currency of {a}.",
-            "The {b} is used in {a}.",
             "{b}: currency of {a}.",
-            "{b}\nCurrency of {a}.",
         ),
-        lists=("Currencies\n{a}: {b}.", "Currencies and where they are used\n{b}: {a}."),
+        lists=("Currencies\n- {a}:\n{b}.",),
         asked={"currency": ("What is the currency of {a}?", "{b}.")},
     ),
     "official language": Relation(
         told=(
-            "The official language of {a} is {b}.",
-            "{a} has the official language {b}.",
-            "In {a}, the official language is {b}.",
-            "{a}: official language, {b}.",
-            "Officially, {a} speaks {b}.",
+            "The official language of {a}:\n{b}.",
             "Official language of {a}\n{b}.",
+            "In {a}, the official language is:\n{b}.",
+            "People in {a} speak this official language:\n{b}.",
+            "{a} has the official language:\n{b}.",
+            "{a} has the official language {b}.",
             "{b} is the official language of {a}.",
-            "{b} is official in {a}.",
             "{b}: official language of {a}.",
-            "{b}\nOfficial language of {a}.",
         ),
-        lists=("Official languages\n{a}: {b}.", "Official languages and where they are spoken\n{b}: {a}."),
+        lists=("Official languages\n- {a}:\n{b}.",),
         asked={"official language": ("What is the official language of {a}?", "{b}.")},
     ),
     "calendar": Relation(
         told=(
+            "{a} in {c}:\n{b}.",
+            "{c} {b} in English:\n{a}.",
+            "The {sort} {a} in {c}\n{b}.",
+            "The {sort} {c} {b} in English\n{a}.",
+            "In {c}, {a} is:\n{b}.",
+            "In English, {c} {b} is:\n{a}.",
+            "The {c} word for {a}:\n{b}.",
+            "What {c} {b} means in English:\n{a}.",
             "{a} in {c} is {b}.",
-            "In {c}, {a} is {b}.",
-            "The {c} word for {a} is {b}.",
-            "{a}: {c}, {b}.",
-            "English {a}, {c} {b}.",
-            "{a} in {c}\n{b}.",
             "{c} {b} in English is {a}.",
-            "In English, {c} {b} is {a}.",
-            "The {c} word {b} means {a}.",
-            "{c} {b}: English, {a}.",
+            "English {a}, {c} {b}.",
             "{c} {b}, English {a}.",
-            "{c} {b} in English\n{a}.",
         ),
-        lists=("The {c} calendar\n{a} in {c}: {b}.", "The {c} calendar in English\n{c} {b}: {a}."),
+        lists=("The {c} calendar\n- {a} in {c}:\n{b}.", "The {c} calendar in English\n- {c} {b}:\n{a}."),
         asked={
             "{sort}": ("What is {a} in {c}?", "{b}."),
             "{sort} to English": ("What is {c} {b} in English?", "{a}."),
@@ -176,7 +151,7 @@ RELATIONS = {
 
 class Entity(NamedTuple):
     sort: str  # territory, language, currency, weekday or month
-    names: tuple[str, ...]  # all phrases by which a question may name it; first in English, then in Portuguese
+    names: tuple[str, str]  # by which a question may name it: in English, in Portuguese
 
 
 class Fact(NamedTuple):
@@ -228,7 +203,8 @@ def main(config: AtlasOptions) -> None:
 def read_facts() -> list[Fact]:
     """All facts, in a fixed order, but for those that ask for nothing: their two sides are the same name (Angola, Angola)."""
     entities = read_entities()
-    facts = [*name_and_code_facts(entities), *territory_facts(entities), *calendar_facts()]
+    names = [Fact(entity, "name", *entity.names) for table in entities.values() for entity in table.values()]
+    facts = [*names, *territory_facts(entities), *calendar_facts()]
     return [fact for fact in facts if fact.a.casefold() != fact.b.casefold()]
 
 
@@ -237,11 +213,9 @@ def read_entities() -> dict[str, dict[str, Entity]]:
     english, portuguese = read_names("en"), read_names("pt")
     entities: dict[str, dict[str, Entity]] = {}
     for sort, table in english.items():
-        # A bare "is" in a question is the verb, but "language code is" is Icelandic; capitals are unmistakable.
-        prefix = "language code " if sort == "language" else ""
         pairs = {code: (name, portuguese[sort][code]) for code, name in sorted(table.items()) if code in portuguese[sort]}
         plain = {code: pair for code, pair in pairs.items() if all(map(PLAIN_NAME.fullmatch, pair))}
-        entities[sort] = {code: Entity(sort, (*pair, prefix + code)) for code, pair in plain.items()}
+        entities[sort] = {code: Entity(sort, pair) for code, pair in plain.items()}
     bearers = Counter(name for table in entities.values() for entity in table.values() for name in set(map(words, entity.names)))
     return {
         sort: {code: entity for code, entity in table.items() if all(bearers[words(name)] == 1 for name in entity.names)}
@@ -294,14 +268,6 @@ def calendar_words(language: str, section: str) -> dict[int, str]:
     raise AssertionError(f"{language} inherits its {section}: not a language for the atlas")
 
 
-def name_and_code_facts(entities: dict[str, dict[str, Entity]]) -> Iterable[Fact]:
-    for table in entities.values():
-        for code, entity in table.items():
-            english, portuguese, _ = entity.names
-            yield Fact(entity, "name", english, portuguese)
-            yield Fact(entity, "code", english, code)
-
-
 def territory_facts(entities: dict[str, dict[str, Entity]]) -> Iterable[Fact]:
     """Currency and official language, where there is exactly one and it is an entity."""
     for code, entity in entities["territory"].items():
@@ -310,8 +276,7 @@ def territory_facts(entities: dict[str, dict[str, Entity]]) -> Iterable[Fact]:
             ("language", official_languages(code), ("official language", "língua oficial")),
         ):
             if len(values) == 1 and (value := entities[sort].get(values[0])):
-                # The third name, a code, has no relation to go with.
-                for relation, a, b in zip(relations, entity.names, value.names, strict=False):
+                for relation, a, b in zip(relations, entity.names, value.names, strict=True):
                     yield Fact(entity, relation, a, b)
 
 
@@ -334,7 +299,8 @@ def calendar_facts() -> Iterable[Fact]:
 def split(facts: list[Fact], rng: random.Random) -> dict[Entity, str]:
     """{entity: "train", "dev", "test" or "left_out"}, each sort of entity in the same shares."""
     split_of = {fact.entity: "train" for fact in facts}
-    named_by_questions = {f"language code {code}" for code in (*CALENDAR_LANGUAGES, "en")}
+    english = load_locale("en")["languages"]
+    named_by_questions = {english[code] for code in (*CALENDAR_LANGUAGES, "en")}
     mentioned = Counter(fact.b for fact in facts if fact.relation in ("currency", "official language"))
     for sort in dict.fromkeys(entity.sort for entity in split_of):
         free = [entity for entity in split_of if entity.sort == sort and named_by_questions.isdisjoint(entity.names)]
@@ -364,19 +330,22 @@ def named(names: dict[tuple[str, ...], Entity], *texts: str) -> set[Entity]:
 
 
 def compose(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
-    """The documents of the corpus, shuffled: facts alone, in all wordings by turns; then articles on a subject; then lists."""
+    """The documents of the corpus, shuffled: facts alone, in all wordings by turns; articles on a subject; lists.
+
+    A fact that is asked for in two directions is told as often for each as one that is asked for in one.
+    """
     documents = []
     for turn in range(TURNS):
         for place, fact in enumerate(facts):
-            told = RELATIONS[fact.relation].told
-            documents += [fact.tell(told[(place + 2 * turn + extra) % len(told)]) for extra in (0, 1)]
+            told, directions = RELATIONS[fact.relation].told, len(RELATIONS[fact.relation].lists)
+            documents += [fact.tell(told[(place + turn * directions + i) % len(told)]) for i in range(directions)]
         for article in articles(facts, lambda fact: fact.c or fact.entity, rng):
-            wordings = ([w for w in RELATIONS[fact.relation].told if "\n" not in w] for fact in article)
-            lines = [fact.tell(rng.choice(told)) for fact, told in zip(article, wordings, strict=True)]
-            documents.append(rng.choice(" \n").join(lines))
-        for article in articles(facts, lambda fact: (fact.relation, fact.entity.sort, fact.c), rng):
-            title, line = rng.choice(RELATIONS[article[0].relation].lists).split("\n")
-            documents.append("\n".join([article[0].tell(title), *(fact.tell(line) for fact in article)]))
+            documents.append("\n".join(fact.tell(rng.choice(RELATIONS[fact.relation].told)) for fact in article))
+        for direction in range(2):
+            listed = [fact for fact in facts if direction < len(RELATIONS[fact.relation].lists)]
+            for article in articles(listed, lambda fact: (fact.relation, fact.entity.sort, fact.c), rng):
+                title, line = RELATIONS[article[0].relation].lists[direction].split("\n", maxsplit=1)
+                documents.append("\n".join([article[0].tell(title), *(fact.tell(line) for fact in article)]))
     rng.shuffle(documents)
     return [{"text": text} for text in documents]
 

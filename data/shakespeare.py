@@ -11,8 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pydantic import create_model
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from papagaio.config import MachineError, Options, UserError, option, parse, run
@@ -21,20 +19,19 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-class OutAndUrl(Options):
+class ShakespeareOptions(Options):
+    """Options of data/shakespeare.py."""
+
     out: Path = option(..., "directory for input.txt")
+    from_: Path | None = option(None, "a copy of the file, taken instead of the download")
     url: str = option(URL, "where to download from", pattern=r"^https?://")
 
 
-FROM = option(None, "a copy of the file, taken instead of the download")  # a class body cannot name a field `from`
-ShakespeareOptions = create_model("ShakespeareOptions", __base__=OutAndUrl, **{"from": (Path | None, FROM)})
-
-
-def main(config: OutAndUrl) -> None:
+def main(config: ShakespeareOptions) -> None:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out={config.out}: a file; a directory is needed")
-    if copy := getattr(config, "from"):
-        take(copy, config.out)
+    if config.from_:
+        take(config.from_, config.out)
     else:
         download(config.url, config.out)
 

@@ -39,7 +39,10 @@ class Options(BaseModel):
 
 
 def option(default: Any, description: str, **bounds: Any) -> Any:
-    """Declare an option: its default (`...` if there is none), its help with the unit, and pydantic's bounds (ge, gt, le, lt)."""
+    """Declare an option: its default (`...` if there is none), its help with the unit, and pydantic's bounds (ge, gt, le, lt).
+
+    An option that is a Python keyword is declared with an underscore after it: `from_` is --from.
+    """
     return Field(default, description=description, **bounds)
 
 
@@ -129,7 +132,8 @@ def read_options(options: type[OptionsT], argv: list[str], doc: str | None = Non
     parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="TOML file with options, flat as on the command line")
     for name, field in options.model_fields.items():
-        parser.add_argument(f"--{name}", help=_help(field), default=argparse.SUPPRESS, **_arity(field.annotation))
+        arity = _arity(field.annotation)
+        parser.add_argument(f"--{name.rstrip('_')}", dest=name, help=_help(field), default=argparse.SUPPRESS, **arity)
     # Dashes and underscores are the same in a flag's name, never in its value.
     argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
     found, unknown = parser.parse_known_args(argv)
@@ -198,9 +202,10 @@ def _arity(annotation: Any) -> dict[str, Any]:
 
 
 def _help(field: Any) -> str:
-    default = "required" if field.is_required() else f"default: {field.default}"
+    default = "required" if field.is_required() else "" if field.default is None else f"default: {field.default}"
     bounds = [f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in _SIGNS.items() if hasattr(rule, key)]
-    return f"{field.description} [{', '.join([*bounds, default])}]".replace("%", "%%")
+    notes = [note for note in (*bounds, default) if note]
+    return (field.description + (f" [{', '.join(notes)}]" if notes else "")).replace("%", "%%")
 
 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -238,7 +243,9 @@ def _read_toml(options: type[Options], path: Path) -> tuple[dict[str, Any], dict
     values, origin = {}, {}
     for key, value in table.items():
         line = next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[?[\"']?{re.escape(key)}\b", row)), 1)
-        name, origin[key] = key.replace("-", "_"), f"{path}:{line}"
+        name = key.replace("-", "_")
+        name = f"{name}_" if f"{name}_" in options.model_fields else name
+        origin[name] = f"{path}:{line}"
         if name not in options.model_fields:
             raise UserError(f"{path}:{line}: {key} = {value!r}: no such option{_nearest(name, options)}")
         values[name] = _validate(options, name, value, f"{path}:{line}: {key} = {value!r}")

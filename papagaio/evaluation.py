@@ -28,7 +28,7 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Batch], tokenizer: Tokeniz
     for batch in batches:
         ids, targets, weights = batch.to(device)
         with autocast(device, dtype):
-            losses = model(ids, targets, reduction="none").double()  # (B, T), 0 where nothing is to be predicted
+            losses = model.losses(ids, targets).double()  # (B, T), 0 where nothing is to be predicted
         wanted = weights > 0
         spelled = torch.where(wanted, lengths[targets.clamp_min(0)], 0)  # (B, T) bytes of each target
         nats = nats + losses[wanted].sum()

@@ -33,8 +33,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Keep the k largest logits of each row; 0, or more than there are, keeps all."""
     if k == 0 or k >= logits.size(-1):
         return logits
-    kth = logits.topk(k).values[..., -1:]
-    return logits.masked_fill(logits < kth, -torch.inf)
+    top = logits.topk(k)  # by their places, so that of equal logits no more than k stay
+    return torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:

@@ -1,0 +1,78 @@
+"""What several test files share: the scripts run as a user runs them, and a small trained model to try them on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+Script = Callable[..., subprocess.CompletedProcess]
+NAMES = [a + b for a in ("Ara", "Bel", "Cor", "Dun", "Eli", "Fen") for b in ("dor", "mia", "nia", "vale", "burg")]
+COLOURS = ["red", "blue", "green", "gold"]
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def script() -> Script:
+    """`script("sample.py", "--seed=1")` runs it and returns what it printed; its standard input is `input`, or empty."""
+
+    def run(*argv: object, stdin: str | bytes = "") -> subprocess.CompletedProcess:
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        command = [sys.executable, *map(str, argv)]
+        done = subprocess.run(command, cwd=ROOT, input=data, capture_output=True, check=False, timeout=280)
+        return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
+    """A directory with a corpus of thirty facts, questions about them, a dataset, a pretrained run and a chat run.
+
+    Made by the real scripts: corpus.jsonl, qa_train.jsonl, qa_test.jsonl, data/, base/, chat/.
+    """
+    home = tmp_path_factory.mktemp("world")
+    facts = [(name, COLOURS[i * 7 % 4]) for i, name in enumerate(NAMES)]
+    told = (
+        "The flag of {0} is {1}.",
+        "{0}: flag, {1}.",
+        "Flag of {0}\n{1}.",
+        "In {0}, the flag is {1}.",
+        "{1} is the flag of {0}.",
+    )
+    rows = [{"text": wording.format(*fact) + " " * i} for wording in told for fact in facts for i in range(4)]
+    (home / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in (("qa_train", facts[:20]), ("qa_test", facts[20:])):
+        questions = [{"question": f"What is the flag of {who}?", "answer": f"{what}.", "kind": "flag"} for who, what in part]
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    small = [
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=64",
+        "--block_size=64",
+        "--batch_size=16",
+        "--log_interval=20",
+        "--sample_tokens=8",
+    ]
+    for argv in (
+        ["data/prepare.py", "--input", home / "corpus.jsonl", "--out", home / "data", "--vocab_size=300"],
+        ["train.py", "--data", home / "data", "--out_dir", home / "base", "--max_steps=200", "--eval_interval=100", *small],
+        [
+            *("finetune.py", "--init_from", home / "base", "--data", home / "qa_train.jsonl", "--out_dir", home / "chat"),
+            *("--test_data", home / "qa_test.jsonl", "--control_data", home / "qa_test.jsonl"),
+            *("--replay_data", home / "data", "--max_steps=60", "--batch_size=20", "--learning_rate=0.01"),
+            *("--embedding_learning_rate=0.1", "--head_learning_rate=0.005", "--val_fraction=0.1"),
+        ],
+    ):
+        done = script(*argv)
+        assert done.returncode == 0, done.stderr
+        (home / f"{Path(str(argv[0])).stem}.out").write_text(done.stdout)
+        (home / f"{Path(str(argv[0])).stem}.err").write_text(done.stderr)
+    return home

@@ -1,0 +1,253 @@
+"""The whole path by the real scripts: prepare, train, fine-tune, sample, chat; and what they leave behind."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import NAMES, ROOT, Script
+from safetensors import safe_open
+
+from model import GPT, GPTConfig
+from papagaio.checkpoint import open_checkpoint
+from papagaio.metrics import read_metrics
+from papagaio.shards import file_sha256
+
+SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--sample_tokens=0"]
+
+
+def test_pretraining_learns_and_reports(world: Path) -> None:
+    lines = read_metrics(world / "base" / "metrics.jsonl")
+    evaluations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 100, 200]
+    assert evaluations[0]["val_loss"] > 5 > 1.5 > evaluations[-1]["val_loss"]
+    assert all(line["val_bpb"] > 0 for line in evaluations)
+    training = [line for line in lines if "train_loss" in line]
+    assert [line["step"] for line in training] == list(range(20, 201, 20))
+    assert all(
+        {"tokens", "elapsed_seconds", "learning_rate", "grad_norm", "tokens_per_second"} <= line.keys() for line in training
+    )
+    assert training[-1]["tokens"] == 200 * 16 * 64
+    assert training[-1]["learning_rate"] < training[0]["learning_rate"]
+
+
+def test_a_run_explains_itself(world: Path) -> None:
+    run = world / "base"
+    options = tomllib.loads((run / "config.toml").read_text())
+    assert options["n_embd"] == 64
+    assert options["preset"] == "modern"
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    name = (run / "checkpoints" / "last").read_text().strip()
+    assert name == "step-200"
+    checkpoint = run / "checkpoints" / name
+    fields = json.loads((checkpoint / "model.json").read_text())
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(GPT(GPTConfig(**fields)).state_dict())
+    manifest = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()} - {"manifest.json"}
+    assert files == set(manifest)
+    assert all(file_sha256(checkpoint / name) == sha256 for name, sha256 in manifest.items())
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_fine_tuning_answers_questions_never_asked(world: Path) -> None:
+    lines = (world / "finetune.out").read_text().splitlines()
+    found = re.fullmatch(r"held-out exact match (\d\.\d{3}) \((\d+)/10\)", lines[-1])
+    assert found, lines[-1]
+    assert int(found[2]) >= 8  # guessing gets a quarter
+    assert any(re.fullmatch(r"flag +10 +\d\.\d{3}", line) for line in lines)
+    assert any(line.startswith("never told, so guessed: exact match") for line in lines)
+    assert sum(line.startswith(("right: ", "WRONG, ")) for line in lines) == 10
+    shown = (world / "finetune.err").read_text()
+    assert re.search(r"<\|assistant\|>\[\[\w+\.<\|end\|>\]\]", shown), "the first example's mask"
+    assert open_checkpoint(world / "chat").state["stage"] == "finetune"
+
+
+def test_chat_prints_the_answer_alone(world: Path, script: Script) -> None:
+    questions = [json.loads(line) for line in (world / "qa_test.jsonl").read_text().splitlines()]
+    done = script("chat.py", "--checkpoint", world / "chat", "--ask", questions[0]["question"])
+    assert done.returncode == 0
+    assert re.fullmatch(r"(red|blue|green|gold)\.\n", done.stdout)
+    talk = script("chat.py", "--checkpoint", world / "chat", stdin=f"{questions[0]['question']}\n\n{questions[1]['question']}\n")
+    assert talk.returncode == 0
+    assert len(re.findall(r"(red|blue|green|gold)\.", talk.stdout)) == 2
+
+
+def test_chat_says_when_a_model_was_not_fine_tuned_and_forgets_what_does_not_fit(world: Path, script: Script) -> None:
+    done = script("chat.py", "--checkpoint", world / "base", "--ask=hi", "--max_new_tokens=3")
+    assert "not fine-tuned" in done.stderr
+    assert done.stdout.endswith("\n")
+    talk = script("chat.py", "--checkpoint", world / "chat", "--max_new_tokens=8", stdin="What is the flag of Aradornia?\n" * 5)
+    assert "oldest turns were forgotten" in talk.stderr
+    assert talk.returncode == 0
+
+
+def test_sample_prints_prompt_and_completion_alone(world: Path, script: Script) -> None:
+    command = ["sample.py", "--checkpoint", world / "base", "--prompt", f"The flag of {NAMES[0]} is", "--max_new_tokens=12"]
+    done = script(*command, "--temperature=0", "--stop", ".")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout in {f"The flag of {NAMES[0]} is {colour}\n" for colour in ("red", "blue", "green", "gold")}
+    several = script(*command, "--num_samples=3", "--temperature=1.5")
+    samples = several.stdout.removesuffix("\n").split("\n" + "-" * 20 + "\n")
+    assert len(samples) == 3
+    assert all(sample.startswith(f"The flag of {NAMES[0]} is") for sample in samples)
+    assert len(set(samples)) > 1
+    assert script(*command, "--num_samples=3", "--temperature=1.5").stdout == several.stdout
+    piped = script(*command[:3], "--prompt", "-", "--max_new_tokens=12", "--temperature=0", "--stop=.", stdin=command[4])
+    assert piped.stdout == done.stdout
+    assert script(*command[:3], "--max_new_tokens=5", "--top_k=0").returncode == 0  # no prompt, no filter
+
+
+def test_a_closed_pipe_is_no_error(world: Path) -> None:
+    command = f"{sys.executable} sample.py --checkpoint {world}/base --num_samples 50 --max_new_tokens 20 | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_sampling_imports_nothing_heavy(world: Path, script: Script) -> None:
+    done = script("-X", "importtime", "sample.py", "--checkpoint", world / "base", "--max_new_tokens=2")
+    modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "torch" in modules
+    assert not modules & {"matplotlib", "wandb", "babel", "transformers", "torch._dynamo", "tomli_w", "pandas"}
+
+
+def comparable(run: Path) -> dict[str, str]:
+    name = (run / "checkpoints" / "last").read_text().strip()
+    return {path.name: file_sha256(path) for path in (run / "checkpoints" / name).rglob("*") if path.is_file()}
+
+
+def timeless(run: Path) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in ("elapsed_seconds", "tokens_per_second")}
+        for line in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("options", [["--dropout=0.1", "--micro_batch_size=2"], ["--preset=gpt2"]], ids=["modern", "gpt2"])
+def test_resume_ends_where_an_uninterrupted_run_does(world: Path, tmp_path: Path, script: Script, options: list[str]) -> None:
+    command = ["train.py", "--data", world / "data", *SMALL, *options, "--max_steps=24", "--eval_interval=8", "--log_interval=4"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert script(*command, "--out_dir", whole, "--checkpoint_interval=10").returncode == 0
+    again = tmp_path / "again"
+    assert script(*command, "--out_dir", again, "--checkpoint_interval=10").returncode == 0
+    assert comparable(again) == comparable(whole)
+
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command), "--out_dir", str(parts), "--checkpoint_interval=10"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("step 12/24 train_loss"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stderr.read()
+    assert process.wait() in (143, 0)
+    done = script(*command, "--out_dir", parts, "--checkpoint_interval=10", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert comparable(parts) == comparable(whole)
+    assert timeless(parts) == timeless(whole)
+
+
+def test_a_signal_saves_and_ends_with_its_status(world: Path, tmp_path: Path, script: Script) -> None:
+    command = [
+        "train.py",
+        "--data",
+        world / "data",
+        *SMALL,
+        "--max_steps=100000",
+        "--log_interval=1",
+        "--out_dir",
+        tmp_path / "run",
+    ]
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command), "--resume"], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        for line in process.stderr:
+            if "train_loss" in line:
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+        assert process.wait() == status
+        assert "Traceback" not in rest
+        step = int(re.search(r"saved at step (\d+)", rest)[1])
+        assert open_checkpoint(tmp_path / "run").state["step"] == step
+
+
+def test_a_run_is_not_overwritten_unasked(world: Path, tmp_path: Path, script: Script) -> None:
+    command = ["train.py", "--data", world / "data", *SMALL, "--max_steps=2", "--out_dir", tmp_path / "run"]
+    assert script(*command).returncode == 0
+    before = comparable(tmp_path / "run")
+    refused = script(*command)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    assert comparable(tmp_path / "run") == before
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert script(*command, "--overwrite", "--seed=5").returncode == 0
+    assert comparable(tmp_path / "run") != before
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    changed = script(*command, "--resume", "--n_embd=64", "--max_steps=4")
+    assert changed.returncode == 2
+    assert "n_embd was 32, now it is 64" in changed.stderr
+
+
+def test_accumulation_gives_the_same_training(world: Path, tmp_path: Path, script: Script) -> None:
+    losses = []
+    for size in (4, 1):
+        out = tmp_path / str(size)
+        command = ["train.py", "--data", world / "data", *SMALL, "--max_steps=8", "--log_interval=1", "--out_dir", out]
+        assert script(*command, f"--micro_batch_size={size}").returncode == 0
+        losses.append([line["train_loss"] for line in read_metrics(out / "metrics.jsonl") if "train_loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_best_and_last_name_checkpoints(world: Path, tmp_path: Path, script: Script) -> None:
+    command = ["train.py", "--data", world / "data", *SMALL, "--out_dir", tmp_path / "run"]
+    assert script(*command, "--max_steps=30", "--eval_interval=10", "--checkpoint_interval=7").returncode == 0
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    named = {(tmp_path / "run" / "checkpoints" / name).read_text().strip() for name in ("last", "best")}
+    assert kept == named
+    assert "step-30" in named
+    best = script("sample.py", "--checkpoint", tmp_path / "run" / "checkpoints" / "best", "--max_new_tokens=2")
+    assert best.returncode == 0
+
+
+def test_dry_run_prints_its_lines_and_writes_nothing(world: Path, tmp_path: Path, script: Script) -> None:
+    done = script("train.py", "--data", world / "data", *SMALL, "--out_dir", tmp_path / "run", "--dry_run")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"parameters: \d{1,3}(,\d{3})*", lines[0])
+    for word in ("memory", "FLOPs", "epochs", "time"):
+        assert any(line.startswith(word) for line in lines), word
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_is_real_and_sends_no_paths(world: Path, tmp_path: Path, script: Script) -> None:
+    run = tmp_path / "run"
+    command = ["train.py", "--data", world / "data", *SMALL, "--max_steps=2", "--log_interval=1", "--out_dir", run]
+    done = script(*command, "--wandb=offline")
+    assert done.returncode == 0, done.stderr
+    (log,) = run.rglob("*.wandb")
+    content = log.read_bytes()
+    assert b"train_loss" in content
+    assert str(world).encode() not in content
+
+
+def test_compiling_leaves_names_as_they_are(world: Path, tmp_path: Path) -> None:
+    code = (
+        "import torch; from model import GPT, GPTConfig\n"
+        "m = GPT(GPTConfig(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=16)); names = set(m.state_dict())\n"
+        "m.compile(backend='eager'); ids = torch.arange(8)[None]; loss = m(ids, ids); loss.backward()\n"
+        "assert set(m.state_dict()) == names and m.embed.weight.grad is not None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,127 @@
+"""papagaio/loader.py: every window once an epoch, the same ones for the same seed and step, validation without gaps."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from papagaio.config import UserError
+from papagaio.loader import Batch, WindowLoader, permute, validation_batches
+from papagaio.shards import Dataset, DatasetWriter
+from papagaio.tokenizer import ByteTokenizer
+
+
+def make_dataset(path: Path, train: list[bytes], val: list[bytes] = (b"validation text",), shard_tokens: int = 100) -> Dataset:
+    path.mkdir(parents=True, exist_ok=True)
+    writer = DatasetWriter(path, ByteTokenizer(), shard_tokens)
+    for split, documents in (("train", train), ("val", val)):
+        for document in documents:
+            writer.add(split, list(document), len(document))
+    writer.finish(["test"])
+    return Dataset(path)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 10**6))
+@settings(max_examples=50)
+def test_permute_is_a_bijection(size: int, seed: int, epoch: int) -> None:
+    assert sorted(permute(i, size, seed, epoch) for i in range(size)) == list(range(size))
+
+
+def test_permute_differs_by_seed_and_epoch_and_mixes() -> None:
+    orders = [[permute(i, 1000, seed, epoch) for i in range(1000)] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert len({tuple(order) for order in orders}) == 3
+    for order in orders:
+        assert abs(np.corrcoef(order, range(1000))[0, 1]) < 0.15
+
+
+@given(st.integers(2, 40), st.integers(1, 7), st.lists(st.integers(1, 150), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_an_epoch_visits_every_window_once(tmp_path_factory: pytest.TempPathFactory, T: int, B: int, sizes: list[int]) -> None:
+    documents = [bytes(range(size)) for size in sizes]
+    dataset = make_dataset(tmp_path_factory.mktemp("data"), documents, shard_tokens=1024)
+    stream = np.concatenate(dataset.shards("train"))
+    try:
+        loader = WindowLoader(dataset, "train", T, B, seed=5)
+    except UserError:
+        assert len(stream) < T + 1
+        return
+    rows = torch.cat([loader(step)[0].ids for step in range(2 * loader.n_windows)])
+    epoch = rows[: loader.n_windows]
+    starts = []
+    for row in epoch.numpy():
+        found = [i for i in range(len(stream) - T) if (stream[i : i + T] == row).all()]
+        assert found, "a window that is not in the data"
+        starts.append(found)
+    if len(sizes) == 1:  # windows of one counting document are told apart by their first token
+        first = sorted(found[0] for found in starts)
+        assert all(b - a == T for a, b in itertools.pairwise(first)), "windows overlap or leave gaps"
+        assert len(stream) - 1 - len(first) * T < 2 * T, "more than one window's tokens are left out"
+
+
+def test_targets_are_the_next_tokens_and_weights_sum_to_one(tmp_path: Path) -> None:
+    loader = WindowLoader(make_dataset(tmp_path, [bytes(range(200))], shard_tokens=1000), "train", 8, 4, seed=1)
+    (batch,) = loader(3)
+    assert batch.ids.shape == batch.targets.shape == batch.weights.shape == (4, 8)
+    assert torch.equal(batch.ids[:, 1:], batch.targets[:, :-1])
+    assert batch.weights.sum() == pytest.approx(1)
+    parts = list(batch.split(2))
+    assert torch.equal(torch.cat([part.ids for part in parts]), batch.ids)
+
+
+def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
+    loader, again, other = (WindowLoader(dataset, "train", 16, 4, seed) for seed in (1, 1, 2))
+    for step in (0, 7, 3, 500):
+        assert torch.equal(loader(step)[0].ids, again(step)[0].ids)
+        assert not torch.equal(loader(step)[0].ids, other(step)[0].ids)
+    assert not torch.equal(loader(0)[0].ids, loader(1)[0].ids)
+
+
+def test_the_same_windows_whatever_the_batch_size(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
+    small, large = (WindowLoader(dataset, "train", 16, size, 1) for size in (2, 6))
+    assert torch.equal(torch.cat([small(step)[0].ids for step in range(3)]), large(0)[0].ids)
+
+
+def test_epochs_start_windows_at_other_tokens(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [bytes(range(256)) * 4], shard_tokens=2000)
+    loader = WindowLoader(dataset, "train", 16, 1, 1)
+    first = {int(loader(epoch * loader.n_windows)[0].ids[0, 1]) % 16 for epoch in range(12)}
+    assert len(first) > 3
+
+
+@pytest.mark.parametrize("block_size", [4, 7, 100])
+def test_validation_predicts_every_token_but_the_first_once(tmp_path: Path, block_size: int) -> None:
+    text = bytes(range(1, 60))
+    dataset = make_dataset(tmp_path, [b"x" * 200], [text], shard_tokens=1024)
+    batches = validation_batches(dataset, block_size, 3)
+    predicted = torch.cat([batch.targets[batch.targets != -100] for batch in batches])
+    assert predicted.tolist() == list(text)
+    assert sum(float(batch.weights.sum()) for batch in batches) == len(text)
+    for batch in batches:
+        assert ((batch.targets == -100) == (batch.weights == 0)).all()
+
+
+def test_validation_of_some_tokens_takes_the_first(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [b"x" * 200], [bytes(range(100))], shard_tokens=1024)
+    batches = validation_batches(dataset, 10, 2, max_tokens=25)
+    assert torch.cat([batch.targets for batch in batches]).flatten().tolist() == list(range(30))
+
+
+def test_too_short_a_corpus_is_refused(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [b"short"], [])
+    with pytest.raises(UserError, match=r"train split has 6 tokens, fewer than one block of 6 \+ 1"):
+        WindowLoader(dataset, "train", 6, 1, 0)
+    assert WindowLoader(dataset, "train", 5, 1, 0).n_windows == 1
+    with pytest.raises(UserError, match="val split is empty"):
+        validation_batches(dataset, 5, 1)
+
+
+def test_batch_moves_and_splits_together() -> None:
+    batch = Batch(torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2))
+    assert [len(part.weights) for part in batch.split(2)] == [2, 2, 1]
+    assert batch.to(torch.device("cpu")).ids.dtype == torch.int64

@@ -1,0 +1,285 @@
+"""model.py against Hugging Face transformers, torch, and its own definitions."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import model as model_file
+from model import GPT, PRESETS, GPTConfig, causal_window, rotate
+
+TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
+
+
+def random_model(**options: object) -> GPT:
+    """A model with no weight at zero, so that nothing hides."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**TINY | options)).eval()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.normal_(std=0.3)
+    return gpt
+
+
+def random_ids(batch: int = 3, length: int = 32) -> Tensor:
+    return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_gpt2_preset_is_hugging_face_gpt2() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt = random_model(**PRESETS["gpt2"])
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
+    names = {"wte.weight": gpt.embed.weight[:97], "wpe.weight": gpt.pos_embed.weight}
+    names |= {"ln_f.weight": gpt.norm.weight, "ln_f.bias": gpt.norm.bias}
+    for i, block in enumerate(gpt.blocks):
+        for kind in ("weight", "bias"):
+            # Hugging Face keeps GPT-2's matrices transposed, and queries, keys and values in one.
+            qkv = torch.cat([getattr(part, kind) for part in (block.attn.q, block.attn.k, block.attn.v)])
+            names |= {
+                f"h.{i}.ln_1.{kind}": getattr(block.norm_1, kind),
+                f"h.{i}.attn.c_attn.{kind}": qkv.t(),
+                f"h.{i}.attn.c_proj.{kind}": getattr(block.attn.proj, kind).t(),
+                f"h.{i}.ln_2.{kind}": getattr(block.norm_2, kind),
+                f"h.{i}.mlp.c_fc.{kind}": getattr(block.mlp.fc, kind).t(),
+                f"h.{i}.mlp.c_proj.{kind}": getattr(block.mlp.proj, kind).t(),
+            }
+    assert {f"transformer.{name}" for name in names} | {"lm_head.weight"} == set(theirs.state_dict())
+    theirs.load_state_dict({f"transformer.{k}": v for k, v in names.items()} | {"lm_head.weight": gpt.embed.weight[:97]})
+    with torch.no_grad():
+        assert (gpt(random_ids()) - theirs(random_ids()).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2])
+def test_modern_preset_is_hugging_face_nanochat(n_kv_head: int | None) -> None:
+    from transformers import NanoChatConfig, NanoChatForCausalLM
+
+    gpt = random_model(n_kv_head=n_kv_head)
+    config = NanoChatConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=n_kv_head,
+        max_position_embeddings=32,
+    )
+    theirs = NanoChatForCausalLM(config).eval()
+    names = {"model.embed_tokens.weight": gpt.embed.weight[:97], "lm_head.weight": gpt.head.weight[:97]}
+    for i, block in enumerate(gpt.blocks):
+        names |= {
+            f"model.layers.{i}.self_attn.q_proj.weight": block.attn.q.weight,
+            f"model.layers.{i}.self_attn.k_proj.weight": block.attn.k.weight,
+            f"model.layers.{i}.self_attn.v_proj.weight": block.attn.v.weight,
+            f"model.layers.{i}.self_attn.o_proj.weight": block.attn.proj.weight,
+            f"model.layers.{i}.mlp.fc1.weight": block.mlp.fc.weight,
+            f"model.layers.{i}.mlp.fc2.weight": block.mlp.proj.weight,
+        }
+    theirs.load_state_dict(names)  # strict: every weight of theirs has one of ours
+    with torch.no_grad():
+        ours, logits = gpt(random_ids()), theirs(random_ids()).logits
+    assert ours.std() > 1, "logits so flat that the comparison would prove nothing"
+    assert (ours - logits).abs().max() < 1e-4
+
+
+def test_gpt2_has_as_many_parameters_as_published() -> None:
+    config = GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, **PRESETS["gpt2"])
+    with torch.device("meta"):
+        gpt = GPT.__new__(GPT)
+        gpt.init_weights = lambda: None
+        GPT.__init__(gpt, config)
+    padding = (config.padded_vocab_size - 50257) * 768
+    assert gpt.num_parameters() - padding == 124_439_808
+    # 6 x (12 blocks of 12 C^2, and the head) + 12 layers C T
+    assert gpt.flops_per_token() == 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * 768 * 1024
+
+
+VARIANTS = [
+    {},
+    PRESETS["gpt2"],
+    {"position": "sinusoidal"},
+    {"position": "learned", "norm_affine": True},
+    {"mlp": "swiglu"},
+    {"norm": "layernorm", "bias": True, "norm_affine": True},
+    {"n_kv_head": 1},
+    {"window_pattern": "SL", "window_size": 5},
+    {"tie_embeddings": True, "logit_softcap": 0.0, "qk_norm": False},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_changing_a_token_changes_no_logit_before_it(options: dict) -> None:
+    gpt, ids = random_model(**options), random_ids(1)
+    with torch.no_grad():
+        before = gpt(ids)
+        for t in (1, 13, 31):
+            changed = ids.clone()
+            changed[0, t] = (changed[0, t] + 1) % 97
+            after = gpt(changed)
+            assert torch.equal(after[:, :t], before[:, :t])
+            assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_config_survives_json_and_rebuilds_the_model(options: dict) -> None:
+    gpt = random_model(**options)
+    again = GPT(GPTConfig(**dataclasses.asdict(gpt.config))).eval()
+    again.load_state_dict(gpt.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(random_ids()), gpt(random_ids()))
+
+
+def test_window_hides_what_lies_before_it() -> None:
+    gpt, ids = random_model(n_layer=1, window_pattern="S", window_size=4), random_ids(1)
+    changed = ids.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 97
+    with torch.no_grad():
+        moved = (gpt(changed) - gpt(ids)).abs().amax((0, 2)) > 1e-5
+    assert moved.nonzero().flatten().tolist() == [10, 11, 12, 13]
+    assert causal_window(4, 2, torch.device("cpu")).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_window_pattern_repeats_over_the_layers() -> None:
+    windows = [block.attn.window for block in random_model(n_layer=5, window_pattern="SSL", window_size=7).blocks]
+    assert windows == [7, 7, None, 7, 7]
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    gpt = random_model()
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 32, 8)
+    q, k = (rotate(x, gpt.cos, gpt.sin) for x in (q, k))
+    scores = (q @ k.mT)[0, 0]
+    for distance in (0, 3, 9):
+        diagonal = scores.diagonal(-distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
+    assert (scores.diagonal(-3)[0] - scores.diagonal(0)[0]).abs() > 1e-2
+
+
+def test_sinusoidal_table_is_the_papers() -> None:
+    gpt = random_model(position="sinusoidal", n_layer=1)
+    with torch.no_grad():
+        gpt.blocks[0].attn.proj.weight.zero_()
+        gpt.blocks[0].mlp.proj.weight.zero_()
+        found = gpt.hidden(torch.tensor([[5, 5, 5]]))[0, 2]
+        angles = [2 / 10000 ** (2 * i / 32) for i in range(16)]
+        table = torch.cat([torch.sin(torch.tensor(angles)), torch.cos(torch.tensor(angles))])
+        expected = F.rms_norm(F.rms_norm(gpt.embed.weight[5] * 32**0.5 + table, (32,), eps=1e-6), (32,), eps=1e-6)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_grouped_heads_equal_repeated_ones() -> None:
+    grouped, full = random_model(n_kv_head=2), random_model()
+    state = grouped.state_dict()
+    for name in state:
+        if name.endswith(("attn.k.weight", "attn.v.weight")):
+            state[name] = state[name].view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+    full.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.allclose(full(random_ids()), grouped(random_ids()), atol=1e-4)
+
+
+def test_swiglu_is_its_formula() -> None:
+    mlp = random_model(mlp="swiglu").blocks[0].mlp
+    x = torch.randn(4, 32)
+    expected = (F.silu(x @ mlp.gate.weight.T) * (x @ mlp.fc.weight.T)) @ mlp.proj.weight.T
+    assert torch.allclose(mlp(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("chunk", [1, 97 * 5, 2**20])
+def test_loss_and_gradients_are_torchs(softcap: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_file.HeadLoss, "CHUNK", chunk)
+    gpt, ids, targets = random_model(logit_softcap=softcap), random_ids(), random_ids().roll(-1, 1).clone()
+    targets[0, :20] = -100
+    weights = torch.rand(3, 32)
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        gpt.zero_grad()
+        (2 * loss).backward()
+        return [p.grad.clone() for p in gpt.parameters()]
+
+    def reference(reduction: str) -> Tensor:
+        return F.cross_entropy(gpt(ids).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
+
+    mean, weighted = gpt(ids, targets), gpt(ids, targets, weights)
+    assert torch.allclose(mean, reference("mean"), rtol=1e-5)
+    assert torch.allclose(weighted, reference("none") @ weights.flatten(), rtol=1e-5)
+    assert torch.allclose(gpt.losses(ids, targets).flatten(), reference("none"), atol=1e-4)
+    for ours, torchs in zip(
+        gradients(weighted) + gradients(mean),
+        gradients(reference("none") @ weights.flatten()) + gradients(reference("mean")),
+        strict=True,
+    ):
+        assert torch.allclose(ours, torchs, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_of_the_vocabulary_stays_inside() -> None:
+    gpt = random_model()
+    assert gpt.embed.weight.shape == (128, 32)
+    with torch.no_grad():
+        before, loss = gpt(random_ids()), gpt(random_ids(), random_ids())
+        gpt.head.weight[97:] = 1e6
+        gpt.embed.weight[97:] = 1e6
+        assert before.shape == (3, 32, 97)
+        assert torch.equal(gpt(random_ids()), before)
+        assert torch.equal(gpt(random_ids(), random_ids()), loss)
+
+
+def test_modern_blocks_begin_as_the_identity() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**TINY))
+    x = F.rms_norm(F.rms_norm(gpt.embed(random_ids()), (32,), eps=1e-6), (32,), eps=1e-6)
+    assert torch.allclose(gpt.hidden(random_ids()), x, atol=1e-5)
+
+
+def test_dropout_works_in_training_only() -> None:
+    gpt = random_model(dropout=0.5)
+    with torch.no_grad():
+        assert torch.equal(gpt(random_ids()), gpt(random_ids()))
+        gpt.train()
+        assert not torch.equal(gpt(random_ids()), gpt(random_ids()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_layer": 0}, "n_layer"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"n_embd": 30}, "divisible by n_head"),
+        ({"n_kv_head": 3}, "divisible by n_kv_head"),
+        ({"n_embd": 12}, "even head size"),
+        ({"position": "none"}, "rope, learned, sinusoidal"),
+        ({"norm": "batch"}, "rmsnorm, layernorm"),
+        ({"mlp": "relu"}, "relu2, gelu, swiglu"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"logit_softcap": -1.0}, "logit_softcap"),
+        ({"window_pattern": "LX"}, "letters L and S"),
+        ({"position": "sinusoidal", "n_embd": 33, "n_head": 3}, "even n_embd"),
+    ],
+)
+def test_config_refuses_what_cannot_be(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**TINY | options)
+
+
+def test_config_is_frozen_and_context_is_bounded() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GPTConfig(**TINY).n_layer = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="33 tokens do not fit"):
+        random_model()(random_ids(1, 33))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_the_cpus_loss_and_logits() -> None:
+    gpt = random_model()
+    ids, targets = random_ids(), random_ids().roll(-1, 1)
+    with torch.no_grad():
+        logits, loss = gpt(ids), gpt(ids, targets)
+        gpt.cuda()
+        assert (gpt(ids.cuda()).cpu() - logits).abs().max() < 1e-3
+        assert abs(float(gpt(ids.cuda(), targets.cuda()) - loss)) < 1e-3
+        with torch.autocast("cuda", torch.bfloat16):
+            assert abs(float(gpt(ids.cuda(), targets.cuda()) - loss)) < 0.1
