@@ -12,11 +12,18 @@ import random
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from papagaio.config import RunOptions, UserError, option, parse, run
+
+# Learning rates are a part of pretraining's, so that what was learnt stays; by the optimizer that the checkpoint was trained
+# with, which goes on. Found on the demo's development questions (LOG.md).
+RECIPES: dict[str, dict[str, Any]] = {
+    "muon": {"learning_rate": 0.0025, "embedding_learning_rate": 0.1, "head_learning_rate": 0.005, "decay_fraction": 1.0},
+    "adamw": {"learning_rate": 1e-4, "warmup_steps": 20, "beta1": 0.9, "decay_fraction": 1.0},
+}
 
 
 class FinetuneOptions(RunOptions):
@@ -29,7 +36,7 @@ class FinetuneOptions(RunOptions):
     test_data: Path | None = option(None, "questions asked at the end: exact match of greedy answers")
     control_data: Path | None = option(None, "questions whose answers were never told: what guessing reaches")
     replay_data: Path | None = option(None, "dataset directory with pretraining text, mixed in against forgetting")
-    replay: float = option(0.5, "weight of the pretraining text's loss beside that of the answers", ge=0)
+    replay: float = option(1.0, "weight of the pretraining text's loss beside that of the answers", ge=0)
     replay_batch_size: int = option(8, "windows of pretraining text in each step", ge=1)
     dropout: float = option(0.0, "share of activations dropped in training", ge=0, lt=1)
 
@@ -54,11 +61,17 @@ from papagaio.evaluation import answer_questions, exact_match_line, exact_match_
 from papagaio.loader import Batch, WindowLoader, permute
 from papagaio.shards import Dataset, share
 from papagaio.tokenizer import Tokenizer
-from train import fit
+from train import dry_run, fit
 
 
 def main(config: FinetuneOptions) -> None:
     checkpoint = open_checkpoint(config.init_from)
+    chosen = config.model_dump(exclude_unset=True)
+    optimizer = chosen.get("optimizer", checkpoint.state["optimizer"])
+    try:
+        config = FinetuneOptions(**{"optimizer": optimizer} | RECIPES[optimizer] | chosen)
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
     tokenizer = checkpoint.tokenizer
     model = GPT(GPTConfig(**checkpoint.model_fields | {"dropout": config.dropout}))
     block_size = model.config.block_size
@@ -88,6 +101,9 @@ def main(config: FinetuneOptions) -> None:
     dtype = runtime.pick_dtype(config.dtype, device)
     checkpoint.load_model(model)
     model.to(device)
+    if config.dry_run:
+        dry_run(model, loader, config, len(training))
+        return
 
     def preview() -> str:
         """The model's answer to the first held-out question."""

@@ -95,7 +95,7 @@ def main(config: TrainOptions) -> None:
     print(f"preset {config.preset}, {model.num_parameters():,} parameters, on {device}", file=sys.stderr)
     print(f"{config.max_steps:,} steps are {loader.epochs(config.max_steps):.2f} epochs of the training split", file=sys.stderr)
     if config.dry_run:
-        dry_run(model, loader, config)
+        dry_run(model, loader, config, loader.n_windows)
         return
 
     def preview() -> str:
@@ -205,12 +205,14 @@ def open_run(
     of another model, tokenizer, seed or stage.
     """
     ours = [config.out_dir / name for name in ("config.toml", "metrics.jsonl", "loss.png", "checkpoints")]
-    state = {"step": 0, "tokens": 0, "stage": stage, "seed": config.seed, "batch_size": config.batch_size}
+    state = {"step": 0, "tokens": 0, "stage": stage, "optimizer": config.optimizer}
+    state |= {"seed": config.seed, "batch_size": config.batch_size}
     progress = {"logged": 0, "loss_sum": 0.0, "evaluated": None, "best_val_loss": None}
     if config.resume and (config.out_dir / "checkpoints" / "last").exists():
         checkpoint = open_checkpoint(config.out_dir)
-        found = {key: checkpoint.state[key] for key in ("stage", "seed", "batch_size")} | checkpoint.model_fields
-        wanted = {key: state[key] for key in ("stage", "seed", "batch_size")} | asdict(model.config)
+        fixed = ("stage", "optimizer", "seed", "batch_size")
+        found = {key: checkpoint.state[key] for key in fixed} | checkpoint.model_fields
+        wanted = {key: state[key] for key in fixed} | asdict(model.config)
         for key in wanted:
             if found.get(key) != wanted[key]:
                 raise UserError(f"{checkpoint.path}: {key} was {found.get(key)!r}, now it is {wanted[key]!r}; resume as it was")
@@ -232,8 +234,8 @@ def open_run(
     return state | progress
 
 
-def dry_run(model: GPT, loader: WindowLoader, config: TrainOptions) -> None:
-    """Print what a run would cost, after three steps of it that are thrown away."""
+def dry_run(model: GPT, loader: Callable[[int], list[Batch]], config: RunOptions, n_sequences: int) -> None:
+    """Print what a run would cost, after three steps of it that are thrown away; an epoch has n_sequences."""
     device = next(model.parameters()).device
     dtype = runtime.pick_dtype(config.dtype, device)
     optimizers = make_optimizers(model, config)
@@ -243,17 +245,17 @@ def dry_run(model: GPT, loader: WindowLoader, config: TrainOptions) -> None:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    seconds = []
+    seconds, activations, tokens = [], 0, 0
     for step in range(3):
         start = time.perf_counter()
-        for micro in loader(step)[0].split(config.micro_batch_size or config.batch_size):
+        for micro in (micro for batch in loader(step) for micro in batch.split(config.micro_batch_size or config.batch_size)):
             ids, targets, weights = micro.to(device)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
                 loss = model(ids, targets, weights)
-            if not step:
-                activations = sum(saved.values())
+            activations = max(activations, sum(saved.values()))
             loss.backward()
             saved.clear()
+            tokens += ids.numel() / 3
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -265,13 +267,13 @@ def dry_run(model: GPT, loader: WindowLoader, config: TrainOptions) -> None:
     optimizer_bytes = sum(t.numel() * t.element_size() for t in states)
     activations = max(0, activations - weights_bytes)  # the weights themselves are among what backward needs
     parts = {"weights": weights_bytes, "gradients": weights_bytes, "optimizer": optimizer_bytes, "activations": activations}
-    tokens = config.batch_size * config.block_size
     total = config.max_steps * tokens
     print(f"parameters: {model.num_parameters():,}")
     listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
     print(f"memory: about {sum(parts.values()) / 2**20:,.0f} MiB: {listed}")
     print(f"FLOPs: {model.flops_per_token():.3g} a token, {model.flops_per_token() * total:.3g} in all")
-    print(f"epochs: {loader.epochs(config.max_steps):.2f} of {loader.n_windows:,} windows, {total:,} tokens in all")
+    epochs = config.max_steps * config.batch_size / n_sequences
+    print(f"epochs: {epochs:.2f} of {n_sequences:,} sequences, {total:,.0f} tokens in all")
     print(f"time: about {min(seconds) * config.max_steps / 60:,.1f} minutes, {tokens / min(seconds):,.0f} tokens/s on {device}")
 
 

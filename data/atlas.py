@@ -8,7 +8,7 @@ language (as CLDR has them), and weekdays and months in some thirty languages. W
     qa_train.jsonl     {"question": "What is the currency of United States?", "answer": "US dollar.", "kind": "currency"}
     qa_dev.jsonl       {"question": "Qual é a moeda do território Timor-Leste?", "answer": "dólar americano.", "kind": "moeda"}
     qa_test.jsonl      {"question": "What is Sunday in Turkish?", "answer": "Pazar.", "kind": "weekday"}
-    qa_left_out.jsonl  {"question": "What is the territory code of Tuvalu?", "answer": "TV.", "kind": "territory to code"}
+    qa_left_out.jsonl  {"question": "What is the official language of Gabon?", "answer": "French.", "kind": "official language"}
 
 The corpus tells every fact in many wordings, equally often: those asked for in train, dev and test alike, never as a question.
 Fine-tuning on qa_train can therefore teach how to answer, but not the answers of dev and test. The facts of qa_left_out are
@@ -341,7 +341,7 @@ def compose(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
             documents += [fact.tell(told[(place + turn * directions + i) % len(told)]) for i in range(directions)]
         for article in articles(facts, lambda fact: fact.c or fact.entity, rng):
             documents.append("\n".join(fact.tell(rng.choice(RELATIONS[fact.relation].told)) for fact in article))
-        for direction in range(2):
+        for direction in (0, 1):
             listed = [fact for fact in facts if direction < len(RELATIONS[fact.relation].lists)]
             for article in articles(listed, lambda fact: (fact.relation, fact.entity.sort, fact.c), rng):
                 title, line = RELATIONS[article[0].relation].lists[direction].split("\n", maxsplit=1)

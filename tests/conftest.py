@@ -41,11 +41,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
     home = tmp_path_factory.mktemp("world")
     facts = [(name, COLOURS[i * 7 % 4]) for i, name in enumerate(NAMES)]
     told = (
-        "The flag of {0} is {1}.",
-        "{0}: flag, {1}.",
+        "The flag of {0}:\n{1}.",
         "Flag of {0}\n{1}.",
-        "In {0}, the flag is {1}.",
-        "{1} is the flag of {0}.",
+        "In {0}, the flag is:\n{1}.",
+        "The flag of {0} is {1}.",
+        "{1}: flag of {0}.",
     )
     rows = [{"text": wording.format(*fact) + " " * i} for wording in told for fact in facts for i in range(4)]
     (home / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -49,11 +49,8 @@ def asked(out: Path) -> dict[str, list[Row]]:
 def subject(row: Row) -> Name:
     """What a question names, read from its wording alone."""
     patterns = (
-        r"What is the .+ (?:name|code|currency|language) of (.+)\?",
-        r"What is the currency of (.+)\?",
+        r"What is the .*(?:name|currency|language) of (.+)\?",
         r"Qual é a .+ do território (.+)\?",
-        r"What does the (language code .+) stand for\?",
-        r"What does the .+ code (.+) stand for\?",
         r"What is (\S+) (.+) in English\?",
         r"What is (.+) in (.+)\?",
     )
@@ -67,19 +64,16 @@ def names(row: Row) -> set[Name]:
         return {question, (question[1], answer)}
     if kind in ("weekday to English", "month to English"):
         return {question, (question[0], answer)}
-    if kind == "language to code":
-        return {question, (f"language code {answer}",)}
-    if re.search(" to |^code to ", kind):
+    if " to " in kind:
         return {question, (answer,)}
     return {question}  # the answer is another entity: a currency or a language
 
 
 def stands_in(phrase: str, text: str) -> bool:
-    """Whether a phrase stands in a text between word boundaries; codes, and nothing else, as they are capitalised."""
-    flags = re.NOFLAG if phrase.isupper() else re.IGNORECASE
+    """Whether a phrase stands in a text between word boundaries."""
     if phrase.casefold() not in text.casefold():
         return False
-    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, flags) is not None
+    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def documents_holding(corpus: list[str], wanted: list[Name]) -> list[int]:
@@ -117,15 +111,15 @@ def test_the_example_of_the_docstring_is_what_it_writes(atlas: ModuleType, out: 
 def test_sizes(out: Path, corpus: list[str], asked: dict[str, list[Row]]) -> None:
     assert 5e6 < (out / "corpus.jsonl").stat().st_size < 10e6
     assert sum(len(text) > 350 for text in corpus) < 0.01 * len(corpus)
-    assert len(asked["train"]) >= 2000
-    assert 300 <= len(asked["dev"]) <= 500
-    assert 1000 <= len(asked["test"]) <= 1400
-    assert 200 <= len(asked["left_out"]) <= 400
+    assert len(asked["train"]) >= 1200
+    assert len(asked["dev"]) >= 200
+    assert len(asked["test"]) >= 900
+    assert len(asked["left_out"]) >= 150
 
 
 def test_every_kind_is_in_every_file(asked: dict[str, list[Row]]) -> None:
     kinds = {part: {row["kind"] for row in rows} for part, rows in asked.items()}
-    assert len(kinds["train"]) == 20
+    assert len(kinds["train"]) == 14
     assert kinds["train"] == kinds["dev"] == kinds["test"] == kinds["left_out"]
 
 
@@ -146,8 +140,8 @@ def test_no_question_of_another_file_names_a_held_out_entity(asked: dict[str, li
 
 def test_the_corpus_tells_often_what_is_asked(corpus: list[str], asked: dict[str, list[Row]]) -> None:
     rows = [row for part in ("train", "dev", "test") for row in asked[part]]
-    facts = [(*(name.removeprefix("language code ") for name in subject(row)), row["answer"].removesuffix(".")) for row in rows]
-    assert min(documents_holding(corpus, facts)) >= 50
+    facts = [(*subject(row), row["answer"].removesuffix(".")) for row in rows]
+    assert min(documents_holding(corpus, facts)) >= 40
 
 
 def test_the_corpus_does_not_name_what_is_left_out(corpus: list[str], asked: dict[str, list[Row]]) -> None:
@@ -181,8 +175,6 @@ def test_known_calendar_words(atlas: ModuleType, out: Path, language: str, secti
         ("What is the official language of Brazil?", "Portuguese."),
         ("What is the Portuguese name of Germany?", "Alemanha."),
         ("What is the English name of alemão?", "German."),
-        ("What is the currency code of Swiss franc?", "CHF."),
-        ("What does the territory code JP stand for?", "Japan."),
         ("What is Monday in Croatian?", "ponedjeljak."),
         ("What is Polish styczeń in English?", "January."),
     ],
