@@ -198,9 +198,8 @@ def report(
         print(exact_match_table(answers) + "\n")
         for answer in random.Random(seed).sample(answers, min(10, len(answers))):
             question, right = (message.content for message in answer.conversation.messages[-2:])
-            print(
-                f"{'right' if answer.correct else 'WRONG'}  {question} -> {answer.text}" + f"  ({right})" * (not answer.correct)
-            )
+            verdict = "right" if answer.correct else f"wrong, it is {right}"
+            print(f"{question} -> {answer.text}   {verdict}")
         ended = sum(answer.ended for answer in answers) / len(answers)
         print(f"\nanswers that ended by themselves: {ended:.3f}")
         print(f"held-out exact match {exact_match_line(answers)}")

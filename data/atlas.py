@@ -4,11 +4,11 @@ Names of territories, languages and currencies in English and Portuguese, which 
 language (as CLDR has them), and weekdays and months in some thirty languages. Worked example, one line of each:
 
     python data/atlas.py --out out/atlas
-    corpus.jsonl       {"text": "The currency of Finland is the euro."}
-    qa_train.jsonl     {"question": "What is the currency of United States?", "answer": "US dollar.", "kind": "currency"}
-    qa_dev.jsonl       {"question": "Qual é a moeda do território Timor-Leste?", "answer": "dólar americano.", "kind": "moeda"}
-    qa_test.jsonl      {"question": "What is Sunday in Turkish?", "answer": "Pazar.", "kind": "weekday"}
-    qa_left_out.jsonl  {"question": "What is the official language of Gabon?", "answer": "French.", "kind": "official language"}
+    corpus.jsonl       {"text": "euro: currency of Finland."}
+    qa_train.jsonl     {"question": "What is the currency of Spain?", "answer": "euro.", "kind": "currency"}
+    qa_dev.jsonl       {"question": "Qual é a moeda do território Martinica?", "answer": "euro.", "kind": "moeda"}
+    qa_test.jsonl      {"question": "What is Sunday in Dutch?", "answer": "zondag.", "kind": "weekday"}
+    qa_left_out.jsonl  {"question": "What is the official language of Mali?", "answer": "French.", "kind": "official language"}
 
 The corpus tells every fact in many wordings, equally often: those asked for in train, dev and test alike, never as a question.
 Fine-tuning on qa_train can therefore teach how to answer, but not the answers of dev and test. The facts of qa_left_out are

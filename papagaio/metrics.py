@@ -85,6 +85,8 @@ def _start_wandb(config: RunOptions) -> ModuleType:
         mode=config.wandb,
         dir=config.out_dir,
         config=values,
-        settings=wandb.Settings(console="off", disable_git=True, save_code=False),
+        settings=wandb.Settings(
+            console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True
+        ),
     )
     return wandb

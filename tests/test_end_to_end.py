@@ -61,7 +61,7 @@ def test_fine_tuning_answers_questions_never_asked(world: Path) -> None:
     assert int(found[2]) >= 8  # guessing gets a quarter
     assert any(re.fullmatch(r"flag +10 +\d\.\d{3}", line) for line in lines)
     assert any(line.startswith("never told, so guessed: exact match") for line in lines)
-    assert sum(line.startswith(("right: ", "WRONG, ")) for line in lines) == 10
+    assert sum(re.search(r" -> .*   (right|wrong, it is)", line) is not None for line in lines) == 10
     shown = (world / "finetune.err").read_text()
     assert re.search(r"<\|assistant\|>\[\[\w+\.<\|end\|>\]\]", shown), "the first example's mask"
     assert open_checkpoint(world / "chat").state["stage"] == "finetune"
@@ -194,7 +194,7 @@ def test_a_run_is_not_overwritten_unasked(world: Path, tmp_path: Path, script: S
     assert script(*command, "--overwrite", "--seed=5").returncode == 0
     assert comparable(tmp_path / "run") != before
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    changed = script(*command, "--resume", "--n_embd=64", "--max_steps=4")
+    changed = script(*command, "--resume", "--n_embd=64", "--max_steps=4", "--seed=5")
     assert changed.returncode == 2
     assert "n_embd was 32, now it is 64" in changed.stderr
 
