@@ -22,6 +22,7 @@ class ChatOptions(SamplingOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(ChatOptions, doc=__doc__)
 
+import contextlib
 from collections.abc import Iterator
 
 from model import GPT, GPTConfig
@@ -44,9 +45,11 @@ def main(config: ChatOptions) -> None:
         history.append(Message(role="user", content=config.ask))
         say(answer(model, checkpoint.tokenizer, history, config))
         return
+    with contextlib.suppress(ImportError):  # gives input() line editing and history; not on Windows
+        import readline  # noqa: F401
     while True:
         try:
-            question = input("> ")  # on a terminal, Python's readline gives line editing and history
+            question = input("> ")
         except EOFError:
             print()
             return

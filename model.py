@@ -235,8 +235,8 @@ class HeadLoss(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         grad_x = torch.empty_like(x) if needs_grad else None
         grad_table = torch.zeros_like(table) if needs_grad else None
-        for rows in torch.arange(len(x)).split(max(1, HeadLoss.CHUNK // vocab_size)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        rows = max(1, HeadLoss.CHUNK // vocab_size)
+        for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
             xi, ignored = x[part].to(dtype), targets[part] == -100
             target = targets[part].clamp_min(0)[:, None]  # (n, 1)
             logits = F.linear(xi, head).float()  # (n, V)

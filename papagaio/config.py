@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import tomllib
 from collections.abc import Callable
@@ -161,6 +162,7 @@ def read_options(options: type[OptionsT], argv: list[str], doc: str | None = Non
 
 def run(main: Callable[[OptionsT], None], config: OptionsT) -> NoReturn:
     """Call `main(config)` and end the process as the design says: one line and a status, a traceback only for our own bugs."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main(config)
         sys.stdout.flush()

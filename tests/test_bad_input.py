@@ -1,0 +1,172 @@
+"""A user's mistakes, script by script: one line that names what is wrong, status 2 (1 for the machine), no file changed."""
+
+import importlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import Script
+from safetensors.torch import load_file, save_file
+
+from papagaio.config import parse, run
+from papagaio.shards import file_sha256
+
+OPTIONS = {"train": "TrainOptions", "finetune": "FinetuneOptions", "sample": "SampleOptions", "chat": "ChatOptions"}
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """`call("sample", "--seed=1")` runs a script's main in this process: (status, standard output, standard error)."""
+
+    def run_script(name: str, *argv: object) -> tuple[int, str, str]:
+        module = importlib.import_module(name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(module.main, parse(getattr(module, OPTIONS[name]), [str(word) for word in argv]))
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    return run_script
+
+
+def snapshot(directory: Path) -> dict[str, str]:
+    return {str(path): file_sha256(path) for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corner(world: Path, script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the cases need: another tokenizer's data and run, damaged checkpoints, wrong questions."""
+    home = tmp_path_factory.mktemp("corner")
+    corpus = ["--input", world / "corpus.jsonl"]
+    assert script("data/prepare.py", *corpus, "--out", home / "chars", "--tokenizer=char").returncode == 0
+    tiny = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--max_steps=0", "--sample_tokens=0"]
+    assert script("train.py", "--data", home / "chars", "--out_dir", home / "char_run", *tiny).returncode == 0
+    for name in ("flipped", "cut", "nan", "missing"):
+        shutil.copytree(home / "char_run" / "checkpoints" / "step-0", home / name)
+    weights = home / "flipped" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    (home / "cut" / "model.safetensors").write_bytes(weights.read_bytes()[:100])
+    (home / "missing" / "model.safetensors").unlink()
+    weights = home / "nan" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["head.weight"][0, 0] = torch.nan
+    save_file(tensors, weights)
+    manifest = json.loads((home / "nan" / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = file_sha256(weights)
+    (home / "nan" / "manifest.json").write_text(json.dumps(manifest))
+    (home / "broken.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
+    (home / "good.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
+    (home / "long.jsonl").write_text(json.dumps({"question": "q" * 5000, "answer": "a"}) + "\n")
+    (home / "run.toml").write_text("# a comment\nmax_stepz = 3\n")
+    return home
+
+
+CASES = [
+    # script, arguments ({w} the world, {c} the corner), status, message
+    (
+        "train",
+        "--data={c}/nowhere --out_dir={c}/out",
+        2,
+        "nowhere/manifest.json: No such file or directory; data/prepare.py makes",
+    ),
+    ("train", "--data={w}/base/checkpoints/step-200 --out_dir={c}/out", 2, "not a dataset's manifest"),
+    ("train", "--data={w}/data --out_dir={c}/out --block_size=9999999", 2, "fewer than one block of 9999999"),
+    ("train", "--data={w}/data --out_dir={c}/out --n_head=5 --n_embd=25", 2, "even head size"),
+    ("train", "--data={w}/data --out_dir={c}/out --n_head=5", 2, "n_embd 384 is not divisible by n_head 5"),
+    ("train", "--data={w}/data --out_dir={w}/base", 2, "a run is there already; add --resume"),
+    (
+        "train",
+        "--data={c}/chars --out_dir={w}/base --resume --n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=16",
+        2,
+        "vocab_size was",
+    ),
+    ("train", "--data={w}/data --out_dir={c}/out --device=cuda:77", 2, "CUDA devices"),
+    (
+        "train",
+        "{c}/run.toml --data={w}/data --out_dir={c}/out",
+        2,
+        "run.toml:2: max_stepz = 3: no such option; did you mean max_steps?",
+    ),
+    ("train", "{c}/none.toml --data={w}/data --out_dir={c}/out", 2, "none.toml: No such file"),
+    ("finetune", "--init_from={c}/nowhere --data={c}/good.jsonl --out_dir={c}/out", 2, "nowhere: no such run or checkpoint"),
+    ("finetune", "--init_from={w}/base --data={c}/nowhere.jsonl --out_dir={c}/out", 2, "nowhere.jsonl: no such file"),
+    ("finetune", "--init_from={w}/base --data={c}/broken.jsonl --out_dir={c}/out", 2, "broken.jsonl:2: not JSON"),
+    (
+        "finetune",
+        "--init_from={w}/base --data={c}/good.jsonl --val_data={c}/long.jsonl --out_dir={c}/out",
+        2,
+        "long.jsonl:1: every conversation is longer",
+    ),
+    (
+        "finetune",
+        "--init_from={w}/base --data={c}/good.jsonl --out_dir={c}/out --val_fraction=0.0001",
+        2,
+        "too few conversations",
+    ),
+    (
+        "finetune",
+        "--init_from={w}/base --data={w}/qa_train.jsonl --val_data={c}/good.jsonl --out_dir={c}/out --replay_data={c}/chars",
+        2,
+        "chars: its tokenizer is not the checkpoint's",
+    ),
+    (
+        "finetune",
+        "--init_from={w}/base --data={w}/qa_train.jsonl --val_data={c}/good.jsonl --out_dir={w}/chat",
+        2,
+        "a run is there already",
+    ),
+    ("sample", "--checkpoint={c}/nowhere", 2, "nowhere: no such run or checkpoint"),
+    ("sample", "--checkpoint={w}/data", 2, "data: a dataset, not a checkpoint"),
+    ("sample", "--checkpoint={w}", 2, "not a checkpoint (no manifest.json)"),
+    ("sample", "--checkpoint={c}/flipped", 2, "flipped/model.safetensors: changed or cut short"),
+    ("sample", "--checkpoint={c}/cut", 2, "cut/model.safetensors: changed or cut short"),
+    ("sample", "--checkpoint={c}/missing", 2, "missing/model.safetensors: No such file"),
+    ("sample", "--checkpoint={c}/nan", 1, "head.weight holds numbers that are not finite"),
+    ("sample", "--checkpoint={c}/char_run --prompt=ação", 2, "character 'ç' (position 1"),
+    ("sample", "--checkpoint={w}/base --temperature=-1", 2, "--temperature=-1"),
+    ("sample", "--checkpoint={w}/base --temperature=nan", 2, "--temperature=nan"),
+    ("sample", "--checkpoint={w}/base --temperature=inf", 2, "--temperature=inf"),
+    ("sample", "--checkpoint={w}/base --top_k=-1", 2, "--top_k=-1"),
+    ("sample", "--checkpoint={w}/base --top_p=0", 2, "--top_p=0"),
+    ("sample", "--checkpoint={w}/base --num_samples=0", 2, "--num_samples=0"),
+    ("chat", "--checkpoint={c}/nowhere --ask=hi", 2, "nowhere: no such run"),
+    ("chat", "--checkpoint={w}/chat --ask=" + "x" * 300, 2, "ask a shorter one"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "status", "message"), CASES, ids=[f"{case[0]} {case[3][:40]}" for case in CASES])
+def test_a_mistake_is_one_line_and_changes_nothing(
+    name: str, arguments: str, status: int, message: str, world: Path, corner: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    before = snapshot(world) | snapshot(corner)
+    found, out, err = call(name, *(word.format(w=world, c=corner) for word in arguments.split()))
+    assert found == status, err
+    assert message in err
+    assert out.strip() == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == [err.splitlines()[-1]]
+    assert "Traceback" not in err
+    assert snapshot(world) | snapshot(corner) == before
+
+
+def test_a_prompt_that_is_not_utf8(world: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"ab\xff")))
+    status, _, err = call("sample", "--checkpoint", world / "base", "--prompt=-")
+    assert status == 2
+    assert "standard input: not UTF-8 at byte 2" in err
+
+
+def test_a_long_prompt_is_said_and_works(world: Path, call: Call) -> None:
+    status, out, err = call("sample", "--checkpoint", world / "base", "--prompt", "x " * 200, "--max_new_tokens=2")
+    assert status == 0
+    assert "the model sees the last 64" in err
+    assert out.startswith("x " * 200)

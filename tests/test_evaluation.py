@@ -1,0 +1,167 @@
+"""papagaio/evaluation.py, metrics.py, plots.py and checkpoint.py: measured by hand beside what they say."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_loader import make_dataset
+
+from model import GPT, GPTConfig
+from papagaio.checkpoint import open_checkpoint, point_to, prune, save_checkpoint
+from papagaio.config import RunOptions, UserError
+from papagaio.dialogue import Conversation, render_prompt
+from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
+from papagaio.loader import validation_batches
+from papagaio.metrics import RunLog, read_metrics
+from papagaio.optim import make_optimizers
+from papagaio.plots import plot_losses
+from papagaio.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=261, block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.3))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.normal_(std=0.4)
+    return gpt
+
+
+def test_loss_and_bits_per_byte_are_their_definitions(gpt: GPT, tmp_path: Path) -> None:
+    documents = [b"first document", b"second one", b"third"]
+    batches = validation_batches(make_dataset(tmp_path, [b"x" * 99], documents, 1000), 16, 2)
+    found = evaluate_loss(gpt.train(), batches, BYTES, torch.float32)
+    assert gpt.training
+    stream = torch.tensor([token for document in documents for token in (256, *document)])
+    nats, text_nats, n_bytes = [], 0.0, 0
+    gpt.eval()
+    for start in range(0, len(stream) - 1, 16):
+        window = stream[start : start + 17]
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(gpt(window[None, :-1])[0].double(), window[1:], reduction="none")
+        nats += losses.tolist()
+        text_nats += float(losses[window[1:] < 256].sum())
+        n_bytes += int((window[1:] < 256).sum())
+    assert n_bytes == sum(map(len, documents))
+    assert found["val_loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    assert found["val_bpb"] == pytest.approx(text_nats / math.log(2) / n_bytes, rel=1e-5)
+    assert evaluate_loss(gpt, batches, BYTES, torch.float32) == found
+
+
+def test_answers_are_the_models_greedy_ones_and_counted_right(gpt: GPT) -> None:
+    gpt.eval()
+
+    def ask(question: str, answer: str, kind: str = "a") -> Conversation:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return Conversation(messages=turns, kind=kind)
+
+    questions = [ask("ab", "x" * 4), ask("c", "x" * 4), ask("toolong" * 5, "x", "b")]
+    answers = answer_questions(gpt, BYTES, questions, 16, torch.float32)
+    for answer in answers[:2]:
+        ids = render_prompt(BYTES, answer.conversation.messages[:-1])
+        said: list[int] = []
+        while len(said) < 7 and 260 not in said:
+            with torch.no_grad():
+                said.append(int(gpt(torch.tensor([ids + said]))[0, -1].argmax()))
+        assert answer.text == BYTES.decode(t for t in said if t != 260)
+        assert answer.ended == (260 in said)
+    assert not answers[2].correct
+    with torch.no_grad():  # a model that always ends at once
+        gpt.head.weight.zero_()
+        gpt.head.weight[260] = 0
+        gpt.norm = torch.nn.LayerNorm(16, elementwise_affine=True)
+        gpt.norm.weight.data.zero_()
+        gpt.norm.bias.data.fill_(1.0)
+        gpt.head.weight[260] = 1
+    empty = answer_questions(gpt, BYTES, [ask("a", "x"), ask("b", "y")], 16, torch.float32)
+    assert [(a.text, a.ended, a.correct) for a in empty] == [("", True, False)] * 2
+    mixed = [empty[0], empty[1]._replace(correct=True), answers[2]]
+    assert exact_match_line(mixed) == "0.333 (1/3)"
+    rows = [line.split() for line in exact_match_table(mixed).splitlines()[1:]]
+    assert rows == [["a", "2", "0.500"], ["b", "1", "0.000"]]
+
+
+def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
+    config = RunOptions(out_dir=tmp_path, max_steps=9)
+    with RunLog(config, 0) as log:
+        log.log(1, 10, train_loss=3.0, tokens_per_second=1.0)
+        log.log(2, 20, val_loss=2.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "tok')  # cut short by a crash
+    with RunLog(config, 1) as log:
+        assert log.elapsed_seconds >= read_metrics(tmp_path / "metrics.jsonl")[0]["elapsed_seconds"]
+        log.log(2, 20, val_loss=1.0)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line.get("val_loss")) for line in lines] == [(1, None), (2, 1.0)]
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+def trained(gpt: GPT) -> list[torch.optim.Optimizer]:
+    optimizers = make_optimizers(gpt, RunOptions(out_dir=Path("x")))
+    gpt(torch.arange(16)[None], torch.arange(16)[None]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return optimizers
+
+
+def test_checkpoints_are_whole_equal_and_come_back(gpt: GPT, tmp_path: Path) -> None:
+    optimizers = trained(gpt)
+    state = {"step": 7, "optimizer": "muon"}
+    fields = dataclasses.asdict(gpt.config)
+    path = save_checkpoint(tmp_path / "a" / "checkpoints", gpt, fields, optimizers, state, BYTES)
+    other = save_checkpoint(tmp_path / "b" / "checkpoints", gpt, fields, optimizers, state, BYTES)
+    assert (path / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
+    point_to(path, "last")
+    checkpoint = open_checkpoint(tmp_path / "a")
+    assert checkpoint.path == path
+    assert checkpoint.state == state
+    assert checkpoint.tokenizer.sha256 == BYTES.sha256
+    twin = GPT(GPTConfig(**checkpoint.model_fields))
+    checkpoint.load_model(twin)
+    assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), twin.parameters(), strict=True))
+    restored = make_optimizers(twin, RunOptions(out_dir=Path("x")))
+    checkpoint.load_optimizers(twin, restored)
+    for model, steps in ((gpt, optimizers), (twin, restored)):
+        model.eval()
+        model.zero_grad()
+        model(torch.arange(16)[None], torch.arange(16)[None]).backward()
+        for optimizer in steps:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), twin.parameters(), strict=True))
+    wrong = make_optimizers(twin, RunOptions(out_dir=Path("x"), optimizer="adamw"))
+    with pytest.raises(UserError, match="another optimizer"):
+        checkpoint.load_optimizers(twin, wrong)
+
+
+def test_pruning_keeps_what_is_named(gpt: GPT, tmp_path: Path) -> None:
+    fields = dataclasses.asdict(gpt.config)
+    paths = [save_checkpoint(tmp_path, gpt, fields, [], {"step": step}, BYTES) for step in range(4)]
+    point_to(paths[1], "best")
+    point_to(paths[3], "last")
+    prune(tmp_path)
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-1", "step-3"}
+
+
+def test_every_byte_of_a_checkpoint_is_watched(gpt: GPT, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, gpt, dataclasses.asdict(gpt.config), trained(gpt), {"step": 1}, BYTES)
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
+    assert len(files) == 5
+    for file in files:
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 4
+        for damaged in (bytes(flipped), whole[:-1], whole + b" "):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=file.name):
+                open_checkpoint(path)
+        file.write_bytes(whole)
+    (path / "manifest.json").write_text(json.dumps({"files": 3}))
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        open_checkpoint(path)
