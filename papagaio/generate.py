@@ -41,7 +41,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Nucleus sampling (arXiv:1904.09751): keep the fewest most probable tokens whose probabilities reach p."""
     probabilities, order = logits.softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # what the more probable ones already reach
-    return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -torch.inf)
+    ruled_out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
+    return logits.masked_fill(ruled_out, -torch.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
