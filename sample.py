@@ -21,8 +21,6 @@ class SampleOptions(SamplingOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(SampleOptions, doc=__doc__)
 
-import torch
-
 from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
@@ -70,5 +68,4 @@ def main(config: SampleOptions) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     run(main, OPTIONS)

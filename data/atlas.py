@@ -315,7 +315,7 @@ def split(facts: list[Fact], rng: random.Random) -> dict[Entity, str]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """`US dollar, Timor-Leste` -> `("US", "dollar", "timor", "leste")`: capitals alone are kept, since codes are capitals."""
+    """`US dollar, Timor-Leste` -> `("US", "dollar", "timor", "leste")`: only capitals keep their case: US is not us."""
     return tuple(word if word.isupper() else word.casefold() for word in re.findall(r"\w+", text))
 
 
