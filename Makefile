@@ -15,9 +15,10 @@ demo-controls: .venv out/atlas/data/manifest.json
 	$(RUN) train.py config/demo_pretrain.toml --seed=$(SEED) --max_steps=0 --out_dir=out/demo_untrained --overwrite
 	$(RUN) finetune.py config/demo_finetune.toml --seed=$(SEED) --init_from=out/demo_untrained --out_dir=out/demo_chat_untrained --overwrite
 
+# Facts told more than once are meant to be.
 out/atlas/data/manifest.json: data/atlas.py data/prepare.py | .venv
 	$(RUN) data/atlas.py --out out/atlas
-	$(RUN) data/prepare.py --input out/atlas/corpus.jsonl --out out/atlas/data --tokenizer bpe --vocab_size 2048 --overwrite
+	$(RUN) data/prepare.py --input out/atlas/corpus.jsonl --out out/atlas/data --vocab_size 2048 --keep_duplicates --overwrite
 
 test: .venv
 	$(RUN) -m pytest

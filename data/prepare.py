@@ -1,185 +1,397 @@
-"""Turn text into a dataset directory for train.py: read, split, train a tokenizer, encode, write token shards.
+"""Turn text of any size into a dataset directory for train.py: read, train a tokenizer, encode, split, write token shards.
 
-    python data/prepare.py --input corpus.jsonl --out out/data --tokenizer bpe --vocab_size 4096
+    python data/prepare.py --input my_texts/ more.jsonl.gz --out out/mine
     python data/prepare.py --input input.txt --out out/chars --tokenizer char --val_fraction 0.1
-    python data/prepare.py --input my_texts/ more.txt --out out/mine --tokenizer gpt2
+    python data/prepare.py --input 'crawl/**/*.parquet' --text_key content --out out/crawl --tokenizer gpt2 --ranks FILE
+    python data/prepare.py --inspect out/mine
 
-A text file is one document, a line of a .jsonl file is one (its text stands under --text_key), a directory is all the files
-in it. Documents are held out for validation by a hash of their text, so that adding some never moves others; a single
-document is cut near its end instead.
+A text file is one document (--split_documents cuts it into several), a line of a .jsonl file is one, a row of a .parquet file is
+one; .gz and .zst are unpacked. Documents are held out for validation by a hash of their text, so that adding some never moves
+others; a single document is cut near its end. What was encoded when a run is killed is there when the same command runs again.
+Several machines with a disk in common share the work: each runs the command with its own --part i/n (torchrun and Slurm set
+it), and one runs it with --part 0/1 at last.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from papagaio.config import Options, UserError, option, parse, run
-from papagaio.shards import DatasetWriter, share
-from papagaio.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+import numpy as np
+from filelock import FileLock, Timeout
+from pydantic import model_validator
+
+from papagaio.config import MachineError, UserError, option, parse, run
+from papagaio.corpus import LEAF_BYTES, ReadingOptions, Span, list_spans, read
+from papagaio.inspection import inspection, summary
+from papagaio.pieces import Digest, Documents, Fate, Pieces, PieceWriter, assemble, piece_paths
+from papagaio.shards import Dataset, token_dtype
+from papagaio.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    cached_gpt2_tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    stretches,
+    train_bpe,
+)
+from papagaio.workers import in_parallel
+
+Task = list[Span]
 
 
-class PrepareOptions(Options):
+class PrepareOptions(ReadingOptions):
     """Options of data/prepare.py."""
 
-    input: tuple[Path, ...] = option(..., "text files, .jsonl files and directories of them", min_length=1)
-    out: Path = option(..., "dataset directory to make")
+    input: tuple[str, ...] = option((), "files, directories, patterns, hf://NAME[:CONFIG][:SPLIT], or - for standard input")
+    out: Path | None = option(None, "dataset directory to make")
     tokenizer: str = option("bpe", "byte, char, bpe (trained on this corpus), gpt2, or a directory with a tokenizer")
     vocab_size: int = option(4096, "tokens of a bpe tokenizer, the five special ones included", ge=261, le=2**20)
+    sample_bytes: int = option(2**28, "text that a bpe tokenizer is trained on, taken evenly from the whole corpus", ge=1)
     ranks: Path | None = option(None, "GPT-2's vocabulary in tiktoken's format, where it can't be downloaded")
     val_fraction: float = option(0.05, "part of the documents held out for validation", gt=0, lt=1)
-    text_key: str = option("text", "key of the text in .jsonl lines")
-    workers: int = option(os.cpu_count() or 1, "threads that encode", ge=1)
+    keep_duplicates: bool = option(False, "keep documents that are there more than once")
+    workers: int = option(os.cpu_count() or 1, "processes that encode", ge=1)
     shard_tokens: int = option(100_000_000, "tokens of a shard file", ge=1024)
-    overwrite: bool = option(False, "replace the dataset in --out")
+    part: str | None = option(
+        None, "i/n: encode the i-th of n parts (i from 0); 0/1 does what is missing and merges", pattern=r"^\d+/\d+$"
+    )
+    overwrite: bool = option(False, "replace the dataset in --out, and forget what an interrupted run has left")
+    inspect: Path | None = option(None, "print what is in a dataset, verify it, and stop")
 
+    @model_validator(mode="after")
+    def _complete(self) -> "PrepareOptions":
+        if not self.inspect and not (self.input and self.out):
+            raise ValueError("--input and --out are required: what to read, and where to write the dataset")
+        index, count = self.share_of_work
+        if index >= count:
+            raise ValueError(f"--part={self.part}: parts are counted from 0 to n - 1")
+        if "-" in self.input and count > 1:
+            raise ValueError("--part: standard input cannot be shared; write it to a file")
+        return self
 
-class Document(NamedTuple):
-    """A text and the split it belongs to."""
-
-    split: str
-    text: str
+    @property
+    def share_of_work(self) -> tuple[int, int]:
+        """(i, n): from --part, or the rank that torchrun or Slurm gave this process."""
+        if self.part:
+            index, count = self.part.split("/")
+            return int(index), int(count)
+        for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if rank in os.environ and size in os.environ:
+                return int(os.environ[rank]), int(os.environ[size])
+        return 0, 1
 
 
 def main(config: PrepareOptions) -> None:
-    if config.out.exists() and not config.overwrite and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UserError(f"{config.out}: there is something already; choose another --out, or replace it with --overwrite")
-    if config.overwrite and config.out.exists() and not (config.out / "manifest.json").exists():
-        raise UserError(f"{config.out}: not a dataset, so --overwrite leaves it alone; choose another --out")
-    files = list_files(config.input)
-    held_out = choose_split(files, config)
-    tokenizer = make_tokenizer(files, held_out, config)
-    print(f"{config.tokenizer} tokenizer: {tokenizer.vocab_size:,} tokens", file=sys.stderr)
-
-    # Everything is written beside --out and moved there when it is whole: a dataset is never half there.
-    temporary = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        writer = DatasetWriter(temporary, tokenizer, config.shard_tokens)
-        documents = split_documents(files, held_out, config)
-        while batch := list(islice(documents, 1024)):
-            encoded = tokenizer.encode_batch([document.text for document in batch], config.workers)
-            for document, ids in zip(batch, encoded, strict=True):
-                writer.add(document.split, ids, len(document.text.encode()))
-        manifest = writer.finish([file.name for file in files])
-        if config.out.exists():
-            shutil.rmtree(config.out)
-        temporary.rename(config.out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for split, counts in manifest["splits"].items():
-        print(
-            f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {counts['tokens']:,} tokens "
-            f"({counts['bytes'] / counts['tokens']:.2f} bytes a token)",
-            file=sys.stderr,
-        )
-
-
-def list_files(inputs: tuple[Path, ...]) -> list[Path]:
-    """The files to read, those of a directory in order of their names, hidden ones left out."""
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            inside = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-            found = sorted(file for file in inside if file.is_file())
-            if not found:
-                raise UserError(f"{path}: a directory without files; --input needs text")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or directory")
-    return files
-
-
-def read_documents(files: list[Path], text_key: str) -> Iterator[str]:
-    """The text of every document that is not empty. Raises UserError naming the file and the line or byte at fault."""
-    for path in files:
+    if config.inspect:
+        print(inspection(Dataset(config.inspect)))
+        return
+    out = config.out
+    if (
+        out.exists()
+        and not config.overwrite
+        and not (out / "manifest.json").exists()
+        and (not out.is_dir() or any(out.iterdir()))
+    ):
+        raise UserError(f"{out}: there is something that is not a dataset; choose another --out")
+    if config.overwrite and out.exists() and not (out / "manifest.json").exists():
+        raise UserError(f"{out}: not a dataset, so --overwrite leaves it alone; choose another --out")
+    work = out.with_name(f".{out.name}.partial")  # becomes --out when it is whole: a dataset is never half there
+    fresh = not work.exists()
+    with in_use(work, config.share_of_work):
         try:
-            if path.suffix == ".jsonl":
-                with path.open("rb") as lines:
-                    for number, line in enumerate(lines, 1):
-                        if line.strip():
-                            yield read_json_text(line, f"{path}:{number}", text_key)
+            prepare(work, config)
+        except UserError as error:
+            text = str(error).replace(str(work / "stdin"), "standard input")
+            if fresh and sum(path.stat().st_size for path in work.glob("pieces/*.npy")) < 2**20:
+                shutil.rmtree(work)
             else:
-                text = decode(path.read_bytes(), str(path))
-                if text.strip():
-                    yield text
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+                text += "; what was encoded is kept, the same command goes on from there"
+            raise UserError(text) from None
 
 
-def decode(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark is not text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 at byte {error.start}; convert it first (iconv -t UTF-8)") from None
+def prepare(work: Path, config: PrepareOptions) -> None:
+    """All steps, in the directory `work`; those that an interrupted run has done are not done again."""
+    inputs = tuple(str(read_stdin(work, config)) if name == "-" else name for name in config.input)
+    spans = list_spans(inputs, config)
+    tasks = make_tasks(spans)
+    plan = make_plan(tasks, config)
+    identity = hashlib.sha256(json.dumps(plan["options"] | {"tasks": [t["spans"] for t in plan["tasks"]]}).encode()).hexdigest()
+    if config.out.exists() and not config.overwrite and (config.out / "manifest.json").exists():
+        if Dataset(config.out).manifest.get("made_from") != identity:
+            raise UserError(f"{config.out}: a dataset made from other input or with other options; --overwrite replaces it")
+        print(f"{config.out}: is there already, made from this input with these options", file=sys.stderr)
+        return
+    continue_plan(work, plan, config)
+    make_tokenizer(work, tasks, config)
+
+    index, count = config.share_of_work
+    mine = list(range(index, len(tasks), count))
+    missing = [number for number in mine if not piece_paths(work / "pieces", number)[1].exists()]
+    if len(missing) < len(mine):
+        print(f"{len(mine) - len(missing):,} of {len(mine):,} pieces are there already", file=sys.stderr)
+    tokenizer = tokenizer_of(work / "tokenizer")
+    check_disk(work, [tasks[number] for number in missing], tokenizer, config)
+    jobs = [(encode, work, number, tasks[number], config) for number in missing]
+    sizes = [sum(span.size for span in tasks[number]) for number in missing]
+    for _ in in_parallel(jobs, config.workers, sizes):
+        pass
+    if count > 1:
+        print(f"part {index} of {count} is done; when all are, the same command with --part 0/1 merges them", file=sys.stderr)
+        return
+
+    pieces = Pieces(work / "pieces", len(tasks), token_dtype(tokenizer))
+    fate = Fate(pieces.documents, config.val_fraction, config.keep_duplicates)
+    if fate.dropped.all():
+        raise UserError(f"{', '.join(config.input)}: no text in there")
+    splits = assemble(work, pieces, fate, tokenizer, config.shard_tokens, 1 - config.val_fraction)
+    manifest = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": pieces.dtype.name,
+        "sources": [name if "://" in name or name == "-" else Path(name).name for name in config.input],
+        "made_from": identity,
+        "empty_documents": int(fate.empty.sum()),
+        "splits": splits,
+    }
+    finish(work, config.out, manifest)
+    gpt2 = gpt2_tokenizer(config.ranks) if config.ranks else cached_gpt2_tokenizer()
+    print(summary(Dataset(config.out), gpt2), file=sys.stderr)
 
 
-def read_json_text(line: bytes, place: str, text_key: str) -> str:
-    try:
-        value = json.loads(decode(line, place))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(value, dict) or not isinstance(value.get(text_key), str):
-        raise UserError(f'{place}: no text under the key "{text_key}"; --text_key names another')
-    text = value[text_key]
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{place}: half a surrogate pair in the text")
-    return text
+def read_stdin(work: Path, config: PrepareOptions) -> Path:
+    """Standard input as a file: it can be read only once, and is read by several workers."""
+    with (work / "stdin").open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return work / "stdin"
 
 
-def choose_split(files: list[Path], config: PrepareOptions) -> float | None:
-    """The share below which a document is held out; None where there is a single document, which is cut instead.
+def make_tasks(spans: list[Span]) -> list[Task]:
+    """What a worker does at a time: a large span, or small ones up to the size of a large one."""
+    largest = max([LEAF_BYTES, *(span.stop - span.start for span in spans if span.kind in ("text", "jsonl") and span.stop > 0)])
+    tasks: list[Task] = []
+    room = 0
+    for span in spans:
+        if span.size > room or span.kind == "hub" or len(tasks[-1]) == 1000:
+            tasks.append([])
+            room = largest
+        tasks[-1].append(span)
+        room -= span.size
+    return tasks
 
-    With so few documents that the hash holds out none, or all, the one with the smallest share is.
+
+def make_plan(tasks: list[Task], config: PrepareOptions) -> dict[str, Any]:
+    """What the result depends on: options, and for each task its spans and the times of their files' last changes."""
+    names = {*ReadingOptions.model_fields, "val_fraction", "keep_duplicates", "shard_tokens"}
+    if config.tokenizer == "bpe":
+        names |= {"vocab_size", "sample_bytes"}
+    tokenizer = config.tokenizer if config.tokenizer in ("byte", "char", "bpe") else given_tokenizer(config).sha256
+    options = config.model_dump(mode="json", include=names) | {"tokenizer": tokenizer}
+
+    def described(span: Span) -> list[Any]:
+        return [span.path if span.kind == "hub" else Path(span.path).name, *span[1:]]
+
+    @cache
+    def changed(path: str) -> int:
+        return 0 if path.startswith("hf://") else os.stat(path).st_mtime_ns
+
+    return {
+        "options": options,
+        "tasks": [{"spans": [described(s) for s in task], "changed": [changed(s.path) for s in task]} for task in tasks],
+    }
+
+
+def continue_plan(work: Path, plan: dict[str, Any], config: PrepareOptions) -> None:
+    """Make `work` ready for a plan: keep the pieces of an interrupted run that are still right, refuse other options."""
+    path = work / "plan.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["options"] != plan["options"]:
+            if not config.overwrite:
+                different = [key for key in plan["options"] if before["options"].get(key) != plan["options"][key]]
+                raise UserError(
+                    f"{work}: left by an interrupted run with other options ({', '.join(different)}); finish that, or --overwrite"
+                )
+            before["tasks"] = []
+        if before["tasks"] != plan["tasks"]:
+            # A piece whose input has changed is made again; shards and trained tokenizers depend on all of the input.
+            for file in [*work.glob("*.npy"), work / "tokenizer" / "tokenizer.json"]:
+                file.unlink(missing_ok=True)
+            trained = config.tokenizer in ("bpe", "char")
+            for index in work.glob("pieces/*.npy"):
+                number = int(index.stem)
+                same = before["tasks"][number : number + 1] == plan["tasks"][number : number + 1]
+                if trained or not same or not index.with_suffix(".tokens").exists():
+                    index.unlink()
+    (work / "pieces").mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(plan))
+
+
+def write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+# Tokenizers
+
+
+@cache
+def tokenizer_of(directory: Path) -> Tokenizer:
+    return load_tokenizer(directory)
+
+
+@cache
+def given_tokenizer(config: PrepareOptions) -> Tokenizer:
+    """The tokenizer that exists before the corpus is read."""
+    if config.tokenizer == "byte":
+        return ByteTokenizer()
+    if config.tokenizer == "gpt2":
+        return gpt2_tokenizer(config.ranks)
+    if Path(config.tokenizer).is_dir():
+        return load_tokenizer(Path(config.tokenizer))
+    raise UserError(f"--tokenizer={config.tokenizer}: neither byte, char, bpe, gpt2 nor a directory with a tokenizer")
+
+
+def make_tokenizer(work: Path, tasks: list[Task], config: PrepareOptions) -> None:
+    """Write the tokenizer that --tokenizer names to work/tokenizer: char knows every character there is, bpe learns from a
+    sample of the training split."""
+    if (work / "tokenizer" / "tokenizer.json").exists():
+        return
+    if config.tokenizer == "char":
+        jobs = [(characters, task, config) for task in tasks]
+        tokenizer: Tokenizer = CharTokenizer(set().union(*in_parallel(jobs, config.workers)))
+    elif config.tokenizer == "bpe":
+        tokenizer = train_bpe(sample(tasks, config), config.vocab_size)
+    else:
+        tokenizer = given_tokenizer(config)
+    temporary = work / f"tokenizer.{os.getpid()}"
+    save_tokenizer(tokenizer, temporary)
+    shutil.rmtree(work / "tokenizer", ignore_errors=True)
+    temporary.rename(work / "tokenizer")
+    tokenizer_of.cache_clear()
+
+
+def characters(task: Task, config: PrepareOptions) -> set[str]:
+    """Every character in the task's documents."""
+    return set().union(*(set(fragment.text) for span in task for fragment in read(span, config)))
+
+
+def sample(tasks: list[Task], config: PrepareOptions) -> Iterator[str]:
+    """Text to train a tokenizer on: up to --sample_bytes of the training split, taken evenly from the whole corpus.
+
+    Which documents are held out is decided as it is for the shards. (That of a text beyond LEAF_BYTES of which the sample has
+    only a part cannot be known: a part that will be held out may be in the sample.)
     """
-    shares = [share(text) for text in read_documents(files, config.text_key)]
-    if not shares:
-        raise UserError(f"{', '.join(str(path) for path in config.input)}: no text in there")
-    if len(set(shares)) == 1:
-        return None
-    smallest, second = sorted(set(shares))[:2]
-    everything = max(shares) < config.val_fraction
-    return (smallest + second) / 2 if smallest >= config.val_fraction or everything else config.val_fraction
+    digests: list[Digest] = []
+    sizes: list[int] = []
+    texts: list[int] = []  # characters that are not blanks at the ends; 0 is an empty document
+    for number, text in sampled(tasks, config):
+        if number == len(digests):
+            digests.append(Digest())
+            sizes.append(0)
+            texts.append(0)
+        data = text.encode()
+        digests[number].update(data)
+        sizes[number] += len(data)
+        texts[number] += len(text.strip())
+    found = Documents(*(np.array(column, np.uint64) for column in ([d.value() for d in digests], sizes, texts)))
+    fate = Fate(lambda: iter([found]), config.val_fraction, config.keep_duplicates)
+    if fate.dropped.all():
+        raise UserError(f"{', '.join(config.input)}: no text in there")
+    left_out = fate.dropped | fate.splits(found.digest)
+    kept = sum(size for size, out in zip(sizes, left_out, strict=True) if not out)
+    room = kept if fate.held_out is not None else int(kept * (1 - config.val_fraction))  # a single document is cut
+    print(f"training a tokenizer on {room:,} bytes of text", file=sys.stderr)
+    for number, text in sampled(tasks, config):
+        if not left_out[number] and room > 0:
+            yield from stretches(text.encode()[:room].decode(errors="ignore"))
+            room -= len(text.encode())
 
 
-def split_documents(files: list[Path], held_out: float | None, config: PrepareOptions) -> Iterator[Document]:
-    """Every document with its split."""
-    for text in read_documents(files, config.text_key):
-        if held_out is None:
-            cut = int(len(text) * (1 - config.val_fraction))
-            if not 0 < cut < len(text):
-                raise UserError(f"{files[0]}: too short to hold out {config.val_fraction} of it for validation")
-            yield Document("train", text[:cut])
-            yield Document("val", text[cut:])
-            return
-        yield Document("val" if share(text) < held_out else "train", text)
+def sampled(tasks: list[Task], config: PrepareOptions) -> Iterator[tuple[int, str]]:
+    """(number of the document, text of a fragment) of up to 256 tasks, from each as much as its part of --sample_bytes."""
+    n = min(256, len(tasks))
+    number, inside = 0, False
+    for task in (tasks[i * len(tasks) // n] for i in range(n)):
+        room = -(-config.sample_bytes // n)
+        for text, first, last in (fragment for span in task for fragment in read(span, config)):
+            if inside and (first or room <= 0):  # the rest of the last one is in a task that is not in the sample
+                number, inside = number + 1, False
+            if room <= 0:
+                break
+            yield number, text
+            room -= len(text)
+            number, inside = number + last, not last
 
 
-def make_tokenizer(files: list[Path], held_out: float | None, config: PrepareOptions) -> Tokenizer:
-    """The tokenizer that --tokenizer names; bpe learns from the training split alone, char knows every character there is."""
-    documents = split_documents(files, held_out, config)
-    match config.tokenizer:
-        case "byte":
-            return ByteTokenizer()
-        case "char":
-            return CharTokenizer(set().union(*(set(document.text) for document in documents)))
-        case "bpe":
-            return train_bpe((document.text for document in documents if document.split == "train"), config.vocab_size)
-        case "gpt2":
-            return gpt2_tokenizer(config.ranks)
-        case path if Path(path).is_dir():
-            return load_tokenizer(Path(path))
-        case name:
-            raise UserError(f"--tokenizer={name}: neither byte, char, bpe, gpt2 nor a directory with a tokenizer")
+# Encoding
+
+
+def encode(work: Path, number: int, task: Task, config: PrepareOptions) -> None:
+    """Make the piece of a task."""
+    piece = PieceWriter(work / "pieces", number, tokenizer_of(work / "tokenizer"))
+    for span in task:
+        piece.add(span, config)
+    piece.finish()
+
+
+def check_disk(work: Path, tasks: list[Task], tokenizer: Tokenizer, config: PrepareOptions) -> None:
+    """Raises MachineError where the disk has less room than the shards will take, as far as can be told from the first text."""
+    beginning = next((fragment.text[: 2**18] for task in tasks for span in task for fragment in read(span, config)), "")
+    per_byte = len(tokenizer.encode_array(beginning)) / max(1, len(beginning.encode()))
+    n_bytes = sum(span.size * (4 if span.path.lower().endswith((".gz", ".zst")) else 1) for task in tasks for span in task)
+    # Pieces are deleted as they go into train shards; the val shards are written beside all of them.
+    needed = n_bytes * per_byte * token_dtype(tokenizer).itemsize * (1.1 + config.val_fraction)
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise MachineError(f"{work.parent}: about {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free")
+
+
+@contextmanager
+def in_use(work: Path, share_of_work: tuple[int, int]) -> Iterator[None]:
+    """Hold the work directory: several parts may work in it at once, a run that does or merges everything alone."""
+    index, count = share_of_work
+    work.mkdir(parents=True, exist_ok=True)
+    own = work / f"part-{index}-of-{count}.lock"
+    with ExitStack() as stack:
+        try:
+            for path in {own, *work.glob("part-*.lock" if count == 1 else "part-0-of-1.lock")}:
+                lock = stack.enter_context(FileLock(path, timeout=0))
+                if path != own:
+                    lock.release()
+        except Timeout:
+            raise UserError(f"{work}: in use by another run; wait until it has ended") from None
+        try:
+            yield
+        finally:
+            own.unlink(missing_ok=True)
+            if work.exists() and not any(work.iterdir()):
+                work.rmdir()
+
+
+# The end
+
+
+def finish(work: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, clear away what was needed on the way, and let the work directory become the dataset."""
+    write_whole(work / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+    shutil.rmtree(work / "pieces")
+    for path in [*work.glob("*.lock"), work / "stdin", work / "plan.json"]:
+        path.unlink(missing_ok=True)
+    if out.is_dir():
+        shutil.rmtree(out)
+    work.rename(out)
 
 
 if __name__ == "__main__":

@@ -7,86 +7,83 @@ dataset/
 """
 
 import hashlib
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from papagaio.config import UserError
-from papagaio.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, save_tokenizer
+from papagaio.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
 
 
-@dataclass
-class _Split:
-    """What is counted and not yet written of one split."""
+class ShardWriter:
+    """Writes `total` tokens of one split into shards of `shard_tokens`; each gets its name when it is whole, and on disk.
 
-    pending: list[NDArray] = field(default_factory=list)
-    pending_tokens: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    documents: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
-
-
-class DatasetWriter:
-    """Writes documents into a dataset directory, a shard of `shard_tokens` tokens at a time; `finish` writes the manifest.
-
-    A document may go on in the next shard: shards are cut by size alone.
+    Shards that an interrupted run has left are kept: `ready` tokens are there already, and are not to be written again.
     """
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self.directory, self.tokenizer, self.shard_tokens = directory, tokenizer, shard_tokens
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        self.splits = {split: _Split() for split in SPLITS}
-        self.start = np.array([tokenizer.special[END_OF_TEXT]], self.dtype)
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, total: int, shard_tokens: int) -> None:
+        sizes = [min(shard_tokens, total - start) for start in range(0, total, shard_tokens)]
+        self.dtype = dtype
+        self.left = [(directory / f"{split}-{i:05d}.npy", size) for i, size in enumerate(sizes)]
+        self.done: list[dict[str, Any]] = []  # the manifest's entries
+        self.ready = 0
+        while self.left and self.left[0][0].exists():
+            path, size = self.left.pop(0)
+            self.done.append({"file": path.name, "tokens": size, "sha256": file_sha256(path)})
+            self.ready += size
+        self.file: BinaryIO | None = None
 
-    def add(self, split: str, ids: Sequence[int], n_bytes: int) -> None:
-        """Append one document, `n_bytes` long as UTF-8."""
-        s = self.splits[split]
-        wide = np.asarray(ids, np.int64)
-        assert wide.size == 0 or 0 <= wide.min() <= wide.max() < self.tokenizer.vocab_size, "a token id would wrap"
-        s.pending += [self.start, wide.astype(self.dtype)]
-        s.pending_tokens += 1 + len(ids)
-        s.bytes += n_bytes
-        s.documents += 1
-        while s.pending_tokens >= self.shard_tokens:
-            self._write_shard(split)
+    def write(self, tokens: NDArray[np.integer]) -> bool:
+        """Append tokens, in the order in which they follow; true if a shard has become whole."""
+        assert tokens.dtype == self.dtype, "tokens of another type could wrap"
+        whole = False
+        while len(tokens):
+            if self.file is None:
+                self._open()
+            part, tokens = tokens[: self.room], tokens[self.room :]
+            data = part.tobytes()
+            self.file.write(data)
+            self.hash.update(data)
+            self.room -= len(part)
+            if self.room == 0:
+                whole = True
+                self._finish()
+        return whole
 
-    def finish(self, sources: list[str]) -> dict[str, Any]:
-        """Write what is pending, the tokenizer, and the manifest, which is returned."""
-        for split in SPLITS:
-            if self.splits[split].pending_tokens:
-                self._write_shard(split)
-        save_tokenizer(self.tokenizer, self.directory / "tokenizer")
-        manifest = {
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "vocab_size": self.tokenizer.vocab_size,
-            "dtype": self.dtype.name,
-            "sources": sources,
-            "splits": {
-                name: {"tokens": s.tokens, "bytes": s.bytes, "documents": s.documents, "shards": s.shards}
-                for name, s in self.splits.items()
-            },
-        }
-        text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
-        (self.directory / "manifest.json").write_text(text, encoding="utf-8")
-        return manifest
+    def _open(self) -> None:
+        path, self.room = self.left[0]
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.room,)})
+        self.file = path.with_suffix(".tmp").open("wb")
+        self.file.write(header.getvalue())
+        self.hash = hashlib.sha256(header.getvalue())
 
-    def _write_shard(self, split: str) -> None:
-        s = self.splits[split]
-        tokens = np.concatenate(s.pending)
-        shard, rest = tokens[: self.shard_tokens], tokens[self.shard_tokens :]
-        s.pending, s.pending_tokens = [rest], len(rest)
-        path = self.directory / f"{split}-{len(s.shards):05d}.npy"
-        np.save(path, shard, allow_pickle=False)
-        s.shards.append({"file": path.name, "tokens": len(shard), "sha256": file_sha256(path)})
-        s.tokens += len(shard)
+    def _finish(self) -> None:
+        path, size = self.left.pop(0)
+        sync_and_close(self.file)
+        self.file = None
+        path.with_suffix(".tmp").rename(path)
+        self.done.append({"file": path.name, "tokens": size, "sha256": self.hash.hexdigest()})
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type of shards that holds every id."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def sync_and_close(file: IO) -> None:
+    """Close a file once its content is on the disk: what is renamed afterwards survives a power cut whole."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 class Dataset:
@@ -112,7 +109,8 @@ class Dataset:
 
     def shards(self, split: str) -> list[NDArray]:
         """The token ids of a split, a memory-mapped array a shard, each verified by its sha256."""
-        return [self._open(shard) for shard in self.splits[split]["shards"]]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside of Python's lock
+            return list(pool.map(self._open, self.splits[split]["shards"]))
 
     def _open(self, shard: dict[str, Any]) -> NDArray:
         path = self.directory / shard["file"]

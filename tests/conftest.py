@@ -7,7 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from papagaio.shards import SPLITS, Dataset, ShardWriter, token_dtype
+from papagaio.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 Script = Callable[..., subprocess.CompletedProcess]
@@ -30,6 +34,47 @@ def script() -> Script:
         return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run
+
+
+def make_dataset(
+    path: Path,
+    train: list[bytes],
+    val: list[bytes] = (b"validation text",),
+    shard_tokens: int = 100,
+    tokenizer: Tokenizer | None = None,
+) -> Dataset:
+    """A dataset of these documents, in these splits, in bytes unless a tokenizer is given."""
+    tokenizer = tokenizer or ByteTokenizer()
+    path.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, path / "tokenizer")
+    splits = {}
+    for split, documents in zip(SPLITS, (train, val), strict=True):
+        ids = [i for text in documents for i in [tokenizer.special[END_OF_TEXT], *tokenizer.encode(text.decode("latin-1"))]]
+        if isinstance(tokenizer, ByteTokenizer):
+            ids = [i for text in documents for i in [tokenizer.special[END_OF_TEXT], *text]]
+        writer = ShardWriter(path, split, token_dtype(tokenizer), len(ids), shard_tokens)
+        writer.write(np.array(ids, token_dtype(tokenizer)))
+        splits[split] = {
+            "documents": len(documents),
+            "tokens": len(ids),
+            "bytes": sum(map(len, documents)),
+            "shards": writer.done,
+        }
+    manifest = {"tokenizer_sha256": tokenizer.sha256, "dtype": token_dtype(tokenizer).name, "splits": splits}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return Dataset(path)
+
+
+def documents(dataset: Dataset, split: str) -> list[str]:
+    """The texts of a split: its tokens, cut where documents begin."""
+    start = dataset.tokenizer.special[END_OF_TEXT]
+    texts: list[list[int]] = []
+    for token in np.concatenate(dataset.shards(split) or [np.array([], dataset.dtype)]).tolist():
+        if token == start:
+            texts.append([])
+        else:
+            texts[-1].append(token)
+    return [dataset.tokenizer.decode(text) for text in texts]
 
 
 @pytest.fixture(scope="session")

@@ -6,23 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papagaio.config import UserError
 from papagaio.loader import Batch, WindowLoader, permute, validation_batches
-from papagaio.shards import Dataset, DatasetWriter
-from papagaio.tokenizer import ByteTokenizer
-
-
-def make_dataset(path: Path, train: list[bytes], val: list[bytes] = (b"validation text",), shard_tokens: int = 100) -> Dataset:
-    path.mkdir(parents=True, exist_ok=True)
-    writer = DatasetWriter(path, ByteTokenizer(), shard_tokens)
-    for split, documents in (("train", train), ("val", val)):
-        for document in documents:
-            writer.add(split, list(document), len(document))
-    writer.finish(["test"])
-    return Dataset(path)
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 10**6))

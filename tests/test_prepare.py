@@ -1,49 +1,71 @@
-"""data/prepare.py and papagaio/shards.py: what goes in comes out, counted and verified."""
+"""data/prepare.py: what goes in comes out, counted and verified, whoever does the work and however often they are killed."""
 
+import gzip
+import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import Script
+from conftest import ROOT, Script, documents, make_dataset
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papagaio.config import UserError
-from papagaio.shards import Dataset, DatasetWriter, share
-from papagaio.tokenizer import ByteTokenizer, load_tokenizer
+from data import prepare
+from papagaio import corpus, pieces, textfiles
+from papagaio.config import MachineError, UserError
+from papagaio.inspection import inspection
+from papagaio.pieces import Documents, Fate
+from papagaio.shards import Dataset, ShardWriter, file_sha256, share
+from papagaio.tokenizer import CharTokenizer, load_tokenizer
 
-EOT = 256
-
-
-def documents(dataset: Dataset, split: str) -> list[str]:
-    """The texts of a split: its tokens, cut where documents begin."""
-    start = dataset.tokenizer.special["<|endoftext|>"]
-    tokens = np.concatenate(dataset.shards(split) or [np.array([], dataset.dtype)]).tolist()
-    texts: list[list[int]] = []
-    for token in tokens:
-        if token == start:
-            texts.append([])
-        else:
-            texts[-1].append(token)
-    return [dataset.tokenizer.decode(text) for text in texts]
+GPT2 = ROOT.parent / "shared" / "data" / "gpt2.tiktoken"
 
 
-@given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=20), st.integers(4, 50))
-@settings(max_examples=40, deadline=None)
+def run_prepare(out: Path, *inputs: object, **options: object) -> Dataset:
+    """data/prepare.py's main, in this process and one worker unless said otherwise."""
+    options = {"tokenizer": "byte", "workers": 1} | options
+    prepare.main(prepare.PrepareOptions(input=tuple(map(str, inputs)), out=out, **options))
+    return Dataset(out)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def snapshot(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): file_sha256(path) for path in directory.rglob("*") if path.is_file()}
+
+
+@given(
+    st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=2, max_size=20, unique=True), st.integers(1024, 3000)
+)
+@settings(max_examples=25, deadline=None)
 def test_shards_hold_every_document_in_order(tmp_path_factory: pytest.TempPathFactory, texts: list[str], size: int) -> None:
-    path, tokenizer = tmp_path_factory.mktemp("data"), ByteTokenizer()
-    writer = DatasetWriter(path, tokenizer, size)
-    for text in texts:
-        writer.add("train", tokenizer.encode(text), len(text.encode()))
-    writer.finish(["x"])
-    dataset = Dataset(path)
-    assert documents(dataset, "train") == texts
-    counts = dataset.splits["train"]
-    assert counts["documents"] == len(texts)
-    assert counts["bytes"] == sum(len(text.encode()) for text in texts)
-    assert counts["tokens"] == counts["bytes"] + len(texts)
-    assert all(len(shard) == size for shard in dataset.shards("train")[:-1])
+    path = tmp_path_factory.mktemp("data")
+    texts = [text.replace("\0", "") + "." * 90 for text in texts]
+    write_jsonl(path / "a.jsonl", texts)
+    dataset = run_prepare(path / "out", path / "a.jsonl", val_fraction=0.3, shard_tokens=size)
+    found = {split: documents(dataset, split) for split in ("train", "val")}
+    kept = list(dict.fromkeys(texts))
+    assert sorted(found["train"] + found["val"]) == sorted(kept)
+    assert found["train"] == [text for text in kept if text in found["train"]]
+    for split, counts in dataset.splits.items():
+        assert counts["documents"] == len(found[split]) > 0
+        assert counts["bytes"] == sum(len(text.encode()) for text in found[split])
+        assert counts["tokens"] == counts["bytes"] + len(found[split])
+        assert counts["longest_document"] == max(len(text.encode()) + 1 for text in found[split])
+        assert counts["bytes_per_token"] == pytest.approx(counts["bytes"] / counts["tokens"])
+        assert all(len(shard) == size for shard in dataset.shards(split)[:-1])
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
@@ -60,8 +82,8 @@ def test_jsonl_files_and_directories_become_the_same_text(tmp_path: Path, script
     done = script("data/prepare.py", "--input", *inputs, "--out", out, *options)
     assert done.returncode == 0, done.stderr
     dataset = Dataset(out)
-    assert documents(dataset, "train") == [text for text in texts if share(text) >= 0.2]
-    assert documents(dataset, "val") == [text for text in texts if share(text) < 0.2]
+    assert documents(dataset, "train") == list(dict.fromkeys(text for text in texts if share(text) >= 0.2))
+    assert documents(dataset, "val") == list(dict.fromkeys(text for text in texts if share(text) < 0.2))
     assert dataset.manifest["sources"][-1] == "more.jsonl"
     assert str(tmp_path) not in (out / "manifest.json").read_text()
     again = script("data/prepare.py", "--input", *inputs, "--out", tmp_path / "again", *options, "--workers=1")
@@ -107,59 +129,53 @@ def test_special_tokens_in_a_corpus_stay_text(tmp_path: Path, script: Script) ->
     assert special[0]
 
 
-BAD = [
-    ("missing.txt", None, "missing.txt: no such file"),
-    ("empty.txt", b"", "empty.txt: no text"),
-    ("blank.txt", b" \n", "blank.txt: no text"),
-    ("latin.txt", b"abc\xe9def", r"latin.txt: not UTF-8 at byte 3"),
-    ("broken.jsonl", b'{"text": "a"}\n{"text": "b"\n', "broken.jsonl:2: not JSON"),
-    ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl:2: not UTF-8 at byte 10"),
-    ("key.jsonl", b'{"body": "a"}\n', "key.jsonl:1: no text under the key"),
-    ("number.jsonl", b'{"text": 3}\n', "number.jsonl:1: no text under the key"),
-    ("list.jsonl", b"[1]\n", "list.jsonl:1: no text under the key"),
-    ("half.jsonl", b'{"text": "\\ud800"}\n', "half.jsonl:1: half a surrogate pair"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(
-    name: str, content: bytes | None, message: str, tmp_path: Path, script: Script
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, script: Script) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
+    (tmp_path / "blank.txt").write_text(" \n")
     before = sorted(tmp_path.iterdir())
-    done = script("data/prepare.py", "--input", tmp_path / name, "--out", tmp_path / "out", "--tokenizer=byte")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stdout == ""
-    assert sorted(tmp_path.iterdir()) == before
+    for name, tokenizer, message in (
+        ("a.jsonl", "byte", "a.jsonl:2: not JSON"),
+        ("a.jsonl", "bpe", "a.jsonl:2: not JSON"),
+        ("blank.txt", "byte", "blank.txt: no text"),
+        ("blank.txt", "bpe", "blank.txt: no text"),
+        ("blank.txt", "char", "blank.txt: no text"),
+        ("blank.txt", "klingon", "--tokenizer=klingon: neither"),
+        ("nowhere.txt", "byte", "nowhere.txt: no such file"),
+    ):
+        done = script("data/prepare.py", "--input", tmp_path / name, "--out", tmp_path / "out", f"--tokenizer={tokenizer}")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stdout == ""
+        assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_existing_directory_is_left_alone(tmp_path: Path, script: Script) -> None:
+def test_an_existing_directory_is_left_alone(tmp_path: Path, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("some text " * 100)
     out = tmp_path / "out"
-    command = ["data/prepare.py", "--input", tmp_path / "a.txt", "--out", out, "--tokenizer=byte"]
-    assert script(*command).returncode == 0
-    manifest = (out / "manifest.json").read_bytes()
-    assert script(*command).returncode == 2
-    assert (out / "manifest.json").read_bytes() == manifest
-    assert script(*command, "--val_fraction=0.5", "--overwrite").returncode == 0
-    assert (out / "manifest.json").read_bytes() != manifest
+    run_prepare(out, tmp_path / "a.txt")
+    before = snapshot(out)
+    run_prepare(out, tmp_path / "a.txt")  # the same again: nothing to do
+    assert "is there already" in capsys.readouterr().err
+    refused = script("data/prepare.py", "--input", tmp_path / "a.txt", "--out", out, "--tokenizer=byte", "--val_fraction=0.5")
+    assert refused.returncode == 2
+    assert "made from other input or with other options; --overwrite replaces it" in refused.stderr
+    assert snapshot(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+    run_prepare(out, tmp_path / "a.txt", val_fraction=0.5, overwrite=True)
+    assert snapshot(out) != before
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    refused = script("data/prepare.py", "--input", tmp_path / "a.txt", "--out", mine, "--tokenizer=byte", "--overwrite")
-    assert refused.returncode == 2
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not a dataset"):
+            run_prepare(mine, tmp_path / "a.txt", overwrite=overwrite)
     assert (mine / "thesis.txt").exists()
 
 
 def test_damaged_datasets_are_refused_by_name(tmp_path: Path) -> None:
-    writer = DatasetWriter(tmp_path, ByteTokenizer(), 100)
-    writer.add("train", list(b"x" * 150), 150)
-    writer.add("val", list(b"y" * 20), 20)
-    writer.finish(["x"])
+    make_dataset(tmp_path, [b"x" * 150], [b"y" * 20], shard_tokens=100)
     shard = tmp_path / "train-00001.npy"
     whole = shard.read_bytes()
     flipped = bytearray(whole)
@@ -185,7 +201,335 @@ def test_damaged_datasets_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_never_written(tmp_path: Path) -> None:
-    writer = DatasetWriter(tmp_path, ByteTokenizer(), 100)
-    for wrong in ([65536], [-1], [261]):
-        with pytest.raises(AssertionError, match="wrap"):
-            writer.add("train", wrong, 1)
+    writer = ShardWriter(tmp_path, "train", np.dtype(np.uint16), 3, 100)
+    with pytest.raises(AssertionError, match="wrap"):
+        writer.write(np.array([1, 65536, 2], np.uint32))
+    tokenizer = CharTokenizer("abc")
+    tokenizer.encode_array = lambda text: np.array([99])
+    piece = pieces.PieceWriter(tmp_path, 0, tokenizer)
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(AssertionError, match="wrap"):
+        piece.add(corpus.Span(str(tmp_path / "a.txt"), "text", 0, -1, 3), corpus.ReadingOptions())
+
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path: Path) -> None:
+    characters = [chr(i) for i in range(32, 70_000) if chr(i).isprintable() or i > 0xE000][:66_000]
+    (tmp_path / "a.txt").write_text("".join(characters))
+    dataset = run_prepare(tmp_path / "out", tmp_path / "a.txt", tokenizer="char")
+    assert dataset.dtype == np.uint32
+    assert "".join(documents(dataset, "train") + documents(dataset, "val")) == "".join(characters)
+
+
+def test_duplicates_and_empty_documents_are_counted(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(50)]
+    write_jsonl(tmp_path / "a.jsonl", [*texts, " ", texts[3], *texts[10:20], "", texts[3]])
+    dataset = run_prepare(tmp_path / "out", tmp_path / "a.jsonl", val_fraction=0.2)
+    assert dataset.manifest["empty_documents"] == 2
+    assert sum(counts["duplicates"] for counts in dataset.splits.values()) == 12
+    assert documents(dataset, "train") == [text for text in texts if share(text) >= 0.2]
+    assert documents(dataset, "val") == [text for text in texts if share(text) < 0.2]
+    kept = run_prepare(tmp_path / "kept", tmp_path / "a.jsonl", val_fraction=0.2, keep_duplicates=True)
+    assert documents(kept, "train").count(texts[3]) + documents(kept, "val").count(texts[3]) == 3
+    assert sum(counts["documents"] for counts in kept.splits.values()) == 62
+    assert kept.splits["train"]["duplicates_kept"]
+    # a long document, read by several workers from one file and by one from another, is the same document
+    (tmp_path / "long.txt").write_text("a long text, and longer. " * 100)
+    (tmp_path / "long.txt.gz").write_bytes(gzip.compress((tmp_path / "long.txt").read_bytes()))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (corpus, pieces, prepare):
+            patch.setattr(module, "LEAF_BYTES", 512)
+        patch.setattr(textfiles, "BLOCK_BYTES", 100)
+        both = run_prepare(tmp_path / "both", tmp_path / "a.jsonl", tmp_path / "long.txt", tmp_path / "long.txt.gz")
+    assert sum(counts["duplicates"] for counts in both.splits.values()) == 13
+    assert max(counts["longest_document"] for counts in both.splits.values()) == 2501
+
+
+def test_more_documents_move_none_between_the_splits(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(100)]
+    few = run_prepare(tmp_path / "few", write_jsonl(tmp_path / "a.jsonl", texts[::2]), val_fraction=0.2)
+    many = run_prepare(tmp_path / "many", write_jsonl(tmp_path / "b.jsonl", texts), val_fraction=0.2)
+    assert set(documents(few, "val")) == set(documents(many, "val")) & set(texts[::2])
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
+def test_duplicates_are_found_in_bounded_memory(numbers: list[int], chunk: int) -> None:
+    digests = np.array([number * 0x9E3779B97F4A7C15 % 2**64 for number in numbers], np.uint64)
+    ones = np.ones(len(digests), np.uint64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "CHUNK", chunk)
+        fate = Fate(
+            lambda: iter([Documents(digests[:9], ones[:9], ones[:9]), Documents(digests[9:], ones[9:], ones[9:])]), 0.1, False
+        )
+    seen: set[int] = set()
+    assert fate.duplicate.tolist() == [number in seen or bool(seen.add(number)) for number in numbers]
+    if len(seen) > 1:
+        assert 0 < fate.splits(np.unique(digests)).sum() < len(seen)
+
+
+def test_a_single_text_is_cut_between_characters(tmp_path: Path) -> None:
+    text = "é🦜" * 400
+    for tokenizer, fraction in (("byte", 0.1), ("byte", 0.0995), ("bpe", 0.33), ("char", 0.5)):
+        (tmp_path / "a.txt").write_text(text)
+        out = tmp_path / f"{tokenizer}{fraction}"
+        dataset = run_prepare(out, tmp_path / "a.txt", tokenizer=tokenizer, val_fraction=fraction, vocab_size=262)
+        (train,), (val,) = documents(dataset, "train"), documents(dataset, "val")
+        assert train + val == text
+        assert len(val.encode()) == pytest.approx(fraction * len(text.encode()), abs=4)
+        assert dataset.splits["train"]["bytes"] == len(train.encode())
+    (tmp_path / "b.txt").write_text("é")
+    with pytest.raises(UserError, match="too short"):
+        run_prepare(tmp_path / "short", tmp_path / "b.txt")
+
+
+def test_standard_input(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = script("data/prepare.py", "--input", "-", "--out", tmp_path / "out", "--tokenizer=byte", stdin="some text " * 50)
+    assert done.returncode == 0, done.stderr
+    dataset = Dataset(tmp_path / "out")
+    assert "".join(documents(dataset, "train") + documents(dataset, "val")) == "some text " * 50
+    assert dataset.manifest["sources"] == ["-"]
+    assert not (tmp_path / "out" / "stdin").exists()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"text": "a"}\nx')))
+    with pytest.raises(UserError, match="standard input:2: not JSON"):
+        run_prepare(tmp_path / "other", "-", format="jsonl")
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A directory of inputs that make several dozen tasks (with the limits of `small_tasks`)."""
+    home = tmp_path / "many"
+    home.mkdir()
+    for i in range(8):
+        write_jsonl(home / f"{i}.jsonl", [f"document {i} {j} naïve 🦜 " * 20 for j in range(30)])
+    (home / "long.txt").write_text("one long text. And more of it, " * 2000)
+    return home
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (corpus, pieces, prepare):
+        monkeypatch.setattr(module, "LEAF_BYTES", 4096)
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+def test_parts_and_workers_make_the_same_dataset(tmp_path: Path, many: Path, tokenizer: str) -> None:
+    options = {"tokenizer": tokenizer, "vocab_size": 300, "shard_tokens": 10_000}
+    run_prepare(tmp_path / "alone", many, **options)
+    run_prepare(tmp_path / "two", many, workers=2, **options)
+    for part in ("2/3", "0/3", "1/3"):
+        with pytest.raises(UserError, match="manifest"):  # nothing passes for a dataset yet
+            run_prepare(tmp_path / "parts", many, part=part, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".parts.partial", "alone", "many", "two"]
+    run_prepare(tmp_path / "parts", many, part="0/1", **options)
+    assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "two") == snapshot(tmp_path / "parts")
+    assert len(Dataset(tmp_path / "alone").shards("train")) > 5
+
+
+def test_ranks_of_torchrun_and_slurm_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = prepare.PrepareOptions(input=("x",), out=Path("y"))
+    assert config.share_of_work == (0, 1)
+    for rank, size in (("SLURM_PROCID", "SLURM_NTASKS"), ("RANK", "WORLD_SIZE")):
+        monkeypatch.setenv(rank, "2")
+        monkeypatch.setenv(size, "4")
+        assert config.share_of_work == (2, 4)
+    assert prepare.PrepareOptions(input=("x",), out=Path("y"), part="0/1").share_of_work == (0, 1)
+    for wrong in ("4/4", "1/0", "a/b"):
+        with pytest.raises(ValueError, match="part"):
+            prepare.PrepareOptions(input=("x",), out=Path("y"), part=wrong)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_an_interruption_at_any_step_costs_only_that_step(tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file that is renamed to its final name is a step; a run is broken off after six of them, and so is the next."""
+    options = {"shard_tokens": 20_000, "val_fraction": 0.2}
+    whole = snapshot((run_prepare(tmp_path / "whole", many, **options)).directory)
+    rename, limit, encoded = Path.rename, 0, 0
+
+    class Killed(BaseException):
+        pass
+
+    def breaking(self: Path, target: Path) -> Path:
+        nonlocal limit
+        limit -= 1
+        if limit < 0:
+            raise Killed
+        return rename(self, target)
+
+    def counting(self: Path, target: Path) -> Path:
+        nonlocal encoded
+        encoded += self.suffix == ".tmp" and target.parent.name == "pieces"
+        return rename(self, target)
+
+    for runs in range(200):  # noqa: B007
+        limit = 6
+        monkeypatch.setattr(Path, "rename", breaking)
+        try:
+            run_prepare(tmp_path / "out", many, **options)
+        except Killed:
+            assert not (tmp_path / "out").exists()
+        else:
+            break
+    monkeypatch.setattr(Path, "rename", counting)
+    run_prepare(tmp_path / "out", many, **options)
+    assert encoded == 0  # it was whole by then
+    assert snapshot(tmp_path / "out") == whole
+    assert runs > 20
+
+
+def kill_and_repeat(command: list[str], out: Path, delays: list[float]) -> int:
+    """Start the command and kill it, with all of its workers, after each delay; then let it end. Returns the kills that hit."""
+    hits = 0
+    for delay in delays:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(delay)
+        hits += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists() or process.returncode == 0 or (out / "manifest.json").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return hits
+
+
+def test_kill_9_at_random_moments(tmp_path: Path, many: Path) -> None:
+    for i in range(40):  # enough to take a second or two
+        write_jsonl(many / f"more{i}.jsonl", [f"text {i} {j} of many words in a row " * 30 for j in range(150)])
+    command = [sys.executable, "data/prepare.py", "--input", str(many), "--tokenizer=bpe", "--vocab_size=400", "--workers=2"]
+    command += ["--shard_tokens=100000", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    delays = np.random.default_rng(int(time.time())).uniform(0.2, 1.5, 10).tolist()
+    hits = kill_and_repeat([*command, str(tmp_path / "out")], tmp_path / "out", delays)
+    assert hits > 0, delays
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole"), delays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "out", "whole"]
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_an_interrupted_run_goes_on_only_with_its_own_options(tmp_path: Path, many: Path) -> None:
+    run_prepare_part = {"part": "0/2", "val_fraction": 0.2}
+    with pytest.raises(UserError, match="manifest"):
+        run_prepare(tmp_path / "out", many, **run_prepare_part)
+    with pytest.raises(UserError, match=r"interrupted run with other options \(val_fraction\)"):
+        run_prepare(tmp_path / "out", many, val_fraction=0.3)
+    made = [path.stem for path in (tmp_path / ".out.partial" / "pieces").glob("*.npy")]
+    assert "000000" in made
+    # an input that has changed meanwhile is read again, the others are not
+    write_jsonl(many / "0.jsonl", [f"changed {i}" * 40 for i in range(30)])
+    os.utime(many / "0.jsonl", (1, 1))
+    encoded: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        encode = prepare.encode
+        patch.setattr(prepare, "encode", lambda work, number, *rest: encoded.append(number) or encode(work, number, *rest))
+        dataset = run_prepare(tmp_path / "out", many, val_fraction=0.2)
+    assert 0 in encoded
+    assert any(index not in encoded for index in map(int, made))
+    assert dataset.splits == run_prepare(tmp_path / "fresh", many, val_fraction=0.2).splits
+    with pytest.raises(UserError, match="manifest"):
+        run_prepare(tmp_path / "other", many, **run_prepare_part)
+    assert run_prepare(tmp_path / "other", many, val_fraction=0.3, overwrite=True).splits["val"]["documents"] > 0
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path, many: Path) -> None:
+    work = tmp_path / ".out.partial"
+    work.mkdir()
+    for name, part in (
+        ("part-0-of-1.lock", None),
+        ("part-1-of-2.lock", None),
+        ("part-1-of-2.lock", "1/2"),
+        ("part-0-of-1.lock", "1/2"),
+    ):
+        with FileLock(work / name), pytest.raises(UserError, match="in use by another run"):
+            run_prepare(tmp_path / "out", many, part=part)
+    with FileLock(work / "part-1-of-2.lock"), pytest.raises(UserError, match="manifest"):
+        run_prepare(tmp_path / "out", many, part="0/2")
+    assert run_prepare(tmp_path / "out", many).splits["train"]["documents"] > 0
+
+
+def test_room_on_the_disk_is_checked_first(tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(path.stat().st_size for path in many.iterdir())
+    for free, enough in ((size, False), (4 * size, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if enough:
+            run_prepare(tmp_path / "out", many)
+        else:
+            with pytest.raises(MachineError, match=r"GB are needed, .* GB are free"):
+                run_prepare(tmp_path / "out", many)
+            assert not list((tmp_path / ".out.partial").glob("pieces/*"))
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, many: Path) -> None:
+    """The limit on the size of a file stands in for the full disk: both fail in the middle of a write."""
+    command = f"{sys.executable} data/prepare.py --input {many} --out {tmp_path / 'out'} --tokenizer=byte --shard_tokens=1000000"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; {command}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        Dataset(tmp_path / ".out.partial")
+    assert subprocess.run(command.split(), cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert Dataset(tmp_path / "out").splits["train"]["tokens"] > 100_000
+
+
+@pytest.mark.skipif(not GPT2.exists(), reason="GPT-2's vocabulary is not at hand")
+@pytest.mark.usefixtures("small_tasks")
+def test_a_shared_text_has_the_tokens_that_tiktoken_gives_the_whole(tmp_path: Path) -> None:
+    import tiktoken
+
+    from papagaio.tokenizer import gpt2_tokenizer
+
+    text = (
+        "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("papagaio/*.py"))) + "naïve 🦜 ação 日本語。" * 300
+    )
+    (tmp_path / "a.txt").write_text(text)
+    dataset = run_prepare(tmp_path / "out", tmp_path / "a.txt", tokenizer="gpt2", ranks=GPT2, workers=2)
+    tokens = np.concatenate([dataset.shards("train")[0][1:], dataset.shards("val")[0][1:]]).tolist()
+    ours = gpt2_tokenizer(GPT2)
+    theirs = tiktoken.Encoding("gpt2", pat_str=ours.pattern, mergeable_ranks=ours.ranks, special_tokens={})
+    assert tokens == theirs.encode_ordinary(text)
+
+
+def test_inspect_prints_and_verifies(tmp_path: Path, many: Path, script: Script) -> None:
+    dataset = run_prepare(tmp_path / "out", many, tokenizer="bpe", vocab_size=300, shard_tokens=20_000)
+    done = script("data/prepare.py", "--inspect", tmp_path / "out")
+    assert done.returncode == 0
+    assert done.stdout == inspection(dataset) + "\n"
+    counts = dataset.splits["train"]
+    for part in (
+        f"{counts['documents']:,} documents",
+        f"{counts['tokens']:,} tokens",
+        "made from many",
+        "▌ document",
+        "verified",
+    ):
+        assert part in done.stdout
+    shard = tmp_path / "out" / "train-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    done = script("data/prepare.py", "--inspect", tmp_path / "out")
+    assert done.returncode == 2
+    assert "train-00001.npy: cut short or changed" in done.stderr
+
+
+def test_bytes_a_token_are_compared_with_gpt2s(tmp_path: Path, many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not GPT2.exists():
+        pytest.skip("GPT-2's vocabulary is not at hand")
+    dataset = run_prepare(tmp_path / "out", many, tokenizer="bpe", vocab_size=400, ranks=GPT2, val_fraction=0.3)
+    line = capsys.readouterr().err.splitlines()[-1]
+    counts = dataset.splits["val"]
+    ours = counts["bytes"] / (counts["tokens"] - counts["documents"])
+    assert f"on {counts['bytes']:,} bytes of held-out text: {ours:.2f}, with GPT-2's vocabulary " in line
+
+
+def test_a_tokenizer_learns_from_a_sample_without_held_out_text(tmp_path: Path) -> None:
+    texts = [f"{chr(97 + i % 26)}word{i} " * 30 for i in range(400)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (corpus, prepare):
+            patch.setattr(module, "LEAF_BYTES", 4096)
+        config = prepare.PrepareOptions(input=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", val_fraction=0.2)
+        tasks = prepare.make_tasks(corpus.list_spans(config.input, config))
+        everything = "".join(prepare.sample(tasks, config))
+        some = "".join(prepare.sample(tasks, config.model_copy(update={"sample_bytes": 20_000})))
+    assert everything == "".join(text for text in texts if share(text) >= 0.2)
+    assert 5_000 < len(some) < 25_000
+    assert len({text.split()[0] for text in some.split()}) > 20  # from all over the corpus

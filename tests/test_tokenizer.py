@@ -1,5 +1,6 @@
 """papagaio/tokenizer.py: round trips, tiktoken's ids, special tokens that no text can spell."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from papagaio.config import MachineError, UserError
 from papagaio.tokenizer import (
     GPT2_PATTERN,
+    GPT4_PATTERN,
     SPECIAL_TOKENS,
     BPETokenizer,
     ByteTokenizer,
@@ -20,6 +22,7 @@ from papagaio.tokenizer import (
     gpt2_tokenizer,
     load_tokenizer,
     save_tokenizer,
+    stretches,
     train_bpe,
 )
 
@@ -140,7 +143,7 @@ def test_bpe_is_deterministic_counts_its_vocabulary_and_compresses() -> None:
 
 
 def test_batches_equal_single_texts() -> None:
-    assert BPE.encode_batch(CORPUS, threads=2) == [BPE.encode(text) for text in CORPUS]
+    assert [BPE.encode_array(text).tolist() for text in CORPUS] == [BPE.encode(text) for text in CORPUS]
 
 
 def test_char_names_the_unknown_character() -> None:
@@ -197,3 +200,62 @@ def test_gpt2_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_gpt2_comes_out_of_tiktokens_own_cache(gpt2: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": gpt2.encoding}[name])
     assert gpt2_tokenizer().sha256 == gpt2.sha256
+
+
+pieces_of_text = st.lists(
+    st.sampled_from(
+        [" ", "\n", "  ", "\t", "\r\n", "parrot", " word", "naïve", "🦜", "日本", "'s", "'LL", "123456", ".", "...", "(", "é"]
+    )
+    | st.text(max_size=3),
+    max_size=60,
+).map(lambda parts: "".join(c for c in "".join(parts) if not "\ud800" <= c <= "\udfff"))
+
+
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN, r"\p{Lu}?\p{L}+|\s+|."])
+@given(pieces_of_text, st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_arrays_hold_the_ids_that_tiktoken_gives(pattern: str, text: str, copies: int) -> None:
+    """Also where a text is cut into stretches, looked up piece by piece, or handed to tiktoken."""
+    tokenizer = trained(pattern)
+    for whole in (text, text * copies * 20, "plain words, and more. " * 100 + text + " and 12345 words\n" * 200):
+        whole = whole[:20_000]
+        expected = tokenizer.encoding.encode_ordinary(whole) if pattern in (GPT2_PATTERN, GPT4_PATTERN) else None
+        assert "".join(stretches(whole)) == whole
+        if expected is not None:
+            assert tokenizer.encode_array(whole).tolist() == expected
+        assert tokenizer.decode(tokenizer.encode_array(whole).tolist()) == whole
+
+
+@functools.cache
+def trained(pattern: str) -> BPETokenizer:
+    return train_bpe(["the parrot's words, 'LL go on...\n\n  naïve 🦜 日本 " * 20, "(word) word 123456\t\r\n" * 9], 400, pattern)
+
+
+def test_a_text_without_a_place_to_cut_is_cut_by_force() -> None:
+    assert [len(part) for part in stretches("x" * 150_000)] == [65536, 65536, 150_000 - 2 * 65536]
+    assert stretches("") == []
+    assert stretches("a b. " * 1000)[0].endswith(("a", "b"))
+    assert set(map(len, stretches("ab " * 3000)[:-1])) <= set(range(2048, 2052))
+
+
+def test_the_cache_of_pieces_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = trained(GPT4_PATTERN)
+    pieces = type(tokenizer._pieces)(tokenizer.pattern, tokenizer.encoding.encode_ordinary)
+    monkeypatch.setattr(type(pieces), "LARGEST", 5)
+    for text in ("one two three four", "five six seven", "one two nine"):
+        assert pieces.encode(text).tolist() == tokenizer.encode(text)
+        assert len(pieces) <= 8
+    assert "x" * 65 not in pieces
+    pieces.encode("x" * 65)
+    assert "x" * 65 not in pieces
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), CharTokenizer("abcdé"), trained(GPT4_PATTERN)], ids=["byte", "char", "bpe"]
+)
+def test_special_tokens_stand_behind_all_others(tokenizer: Tokenizer) -> None:
+    """Adding one can therefore never shift the id of an ordinary token."""
+    ordinary = tokenizer.vocab_size - len(tokenizer.special)
+    assert sorted(tokenizer.special.values()) == list(range(ordinary, tokenizer.vocab_size))
+    assert tokenizer.encode_array("abcdé").tolist() == tokenizer.encode("abcdé")
+    assert max(tokenizer.encode("abcdé")) < ordinary
