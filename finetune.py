@@ -134,7 +134,7 @@ class ConversationLoader:
         supervised = sum(sum(tokens.learnt) for tokens in chosen)
         parts = [pad(group, 1 / supervised) for group in _groups(chosen, self.config.micro_batch_size or max(1, size // 4))]
         if self.replay is not None:
-            parts += [Batch(b.ids, b.targets, b.weights * self.config.replay) for b in self.replay(step)]
+            parts += [b._replace(weights=b.weights * self.config.replay) for b in self.replay(step)]
         return parts
 
 

@@ -9,7 +9,10 @@ Shapes are written as letters: B batch, T time (tokens), C channels (n_embd), H 
 (C / H), V vocabulary.
 """
 
+import functools
+import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,29 +51,36 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name, allowed in (
-            ("position", ("rope", "learned", "sinusoidal")),
-            ("norm", ("rmsnorm", "layernorm")),
-            ("mlp", ("relu2", "gelu", "swiglu")),
-        ):
+        choices = {
+            "position": ("rope", "learned", "sinusoidal"),
+            "norm": ("rmsnorm", "layernorm"),
+            "mlp": ("relu2", "gelu", "swiglu"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}")
-        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
-            raise ValueError(f"n_head {self.n_head} must be divisible by n_kv_head {self.n_kv_head}")
-        if self.position == "rope" and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even head size: n_embd / n_head is {self.head_size}")
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
-        if self.mlp_hidden is not None and self.mlp_hidden < 1:
-            raise ValueError(f"mlp_hidden must be positive, not {self.mlp_hidden}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.logit_softcap < 0:
-            raise ValueError(f"logit_softcap must be positive, or 0 for none, not {self.logit_softcap}")
-        if not self.window_pattern or set(self.window_pattern) - set("LS"):
-            raise ValueError(f"window_pattern must be made of the letters L and S, not {self.window_pattern!r}")
+        kv, pattern = self.kv_heads, self.window_pattern
+        for holds, message in (
+            (self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}"),
+            (kv > 0 and self.n_head % kv == 0, f"n_head {self.n_head} must be divisible by n_kv_head {kv}"),
+            (
+                self.position != "rope" or self.head_size % 2 == 0,
+                f"rotary positions need an even head size, not {self.head_size}",
+            ),
+            (
+                self.position != "sinusoidal" or self.n_embd % 2 == 0,
+                f"sinusoidal positions need an even n_embd, not {self.n_embd}",
+            ),
+            (self.mlp_hidden is None or self.mlp_hidden > 0, f"mlp_hidden must be positive, not {self.mlp_hidden}"),
+            (0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}"),
+            (self.logit_softcap >= 0, f"logit_softcap must be positive, or 0 for none, not {self.logit_softcap}"),
+            (
+                bool(pattern) and not set(pattern) - set("LS"),
+                f"window_pattern must be made of the letters L and S, not {pattern!r}",
+            ),
+        ):
+            if not holds:
+                raise ValueError(message)
 
     @property
     def head_size(self) -> int:
@@ -78,7 +88,7 @@ class GPTConfig:
 
     @property
     def kv_heads(self) -> int:
-        return self.n_kv_head or self.n_head
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
     def hidden_size(self) -> int:
@@ -142,16 +152,16 @@ class Attention(nn.Module):
     """Causal multi-head self-attention: every token gathers values from the tokens up to itself, weighted by how well its
     query matches their keys."""
 
-    def __init__(self, config: GPTConfig, window: int | None) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config, self.window = config, window
+        self.config = config
         kv_size = config.kv_heads * config.head_size
         self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.k = nn.Linear(config.n_embd, kv_size, bias=config.bias)
         self.v = nn.Linear(config.n_embd, kv_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
         B, T, C = x.shape
         c = self.config
         q = self.q(x).view(B, T, c.n_head, c.head_size).transpose(1, 2)  # (B, H, T, D)
@@ -161,23 +171,45 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if c.qk_norm:
             q, k = (F.rms_norm(h, (c.head_size,), eps=1e-6) for h in (q, k))
-        windowed = self.window is not None and self.window < T
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=causal_window(T, self.window, x.device) if windowed else None,
-            is_causal=not windowed,
-            dropout_p=c.dropout if self.training else 0.0,
-            enable_gqa=c.kv_heads != c.n_head,
-        )  # (B, H, T, D)
+        dropout = c.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, dropout)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def causal_window(T: int, window: int, device: torch.device) -> Tensor:
-    """Mask (T, T), true where token i (row) may look at token j: the last `window` tokens, itself included."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
-    return (distance >= 0) & (distance < window)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor:
+    """Attention of q (B, H, T, D) over k, v (B, K, T, D): causal, or as `attention_mask` says."""
+    grouped = k.size(1) != q.size(1)
+    if mask is not None and not isinstance(mask, Tensor):
+        return compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+    options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "enable_gqa": grouped}
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention)
+
+
+def attention_mask(T: int, window: int | None, doc_ids: Tensor | None, device: torch.device, flex: bool) -> Any:
+    """Which tokens a token may look at, of those up to itself: the last `window`, and those of its own document.
+
+    None where that is all of them; a mask (T, T) or (B, 1, T, T), true where row i may look at column j; or, with flex,
+    FlexAttention's block mask (arXiv:2412.05496), with which blocks of other documents cost nothing.
+    """
+    if doc_ids is None and (window is None or window >= T):
+        return None
+
+    def may_look(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        near = (i >= j) & (i - j < (window or T))
+        return near if doc_ids is None else near & (doc_ids[b, i] == doc_ids[b, j])
+
+    B = None if doc_ids is None else len(doc_ids)
+    if flex:
+        return importlib.import_module("torch.nn.attention.flex_attention").create_block_mask(may_look, B, None, T, T, device)
+    i = torch.arange(T, device=device)
+    b = torch.arange(B or 1, device=device)[:, None, None]
+    mask = may_look(b, i, i[:, None], i)  # (T, T) or (B, T, T)
+    return mask if B is None else mask[:, None]
 
 
 class MLP(nn.Module):
@@ -201,14 +233,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream (pre-norm)."""
 
-    def __init__(self, config: GPTConfig, window: int | None) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.norm_1, self.attn = Norm(config), Attention(config, window)
+        self.norm_1, self.attn = Norm(config), Attention(config)
         self.norm_2, self.mlp = Norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm_1(x), rope))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
@@ -263,6 +295,15 @@ class HeadLoss(torch.autograd.Function):
         return grad_x * factor, grad_table * factor, None, None, None, None
 
 
+def positions(doc_ids: Tensor) -> Tensor:
+    """How far each token of doc_ids (B, T) is from the beginning of its document, or of the row."""
+    T = doc_ids.size(1)
+    here = torch.arange(T, device=doc_ids.device).expand_as(doc_ids)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return here - torch.where(begins, here, 0).cummax(1).values
+
+
 class GPT(nn.Module):
     """Embedding, blocks, norm, head. See the module's docstring for use."""
 
@@ -274,8 +315,8 @@ class GPT(nn.Module):
         self.embed_norm = Norm(config) if config.embed_norm else None
         self.dropout = nn.Dropout(config.dropout)
         pattern = config.window_pattern
-        windows = [config.window_size if pattern[i % len(pattern)] == "S" else None for i in range(config.n_layer)]
-        self.blocks = nn.ModuleList(Block(config, window) for window in windows)
+        self.windows = [config.window_size if pattern[i % len(pattern)] == "S" else None for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config) for _ in self.windows)
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # Tables of angles, position x frequency; not parameters, so not saved.
@@ -304,13 +345,16 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     module.bias.zero_()
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T, V) of the token after each of ids (B, T); or, given targets (B, T), the loss in nats, a scalar.
 
         Targets of -100 are ignored. The loss is the mean over the others; given weights (B, T), it is their weighted sum, so
-        that a step of several micro-batches can be normalised as a whole. Raises ValueError for T > block_size.
+        that a step of several micro-batches can be normalised as a whole. Given doc_ids (B, T), the numbers of the documents
+        that are packed in a row, a token sees those of its own document alone. Raises ValueError for T > block_size.
         """
-        x = self.hidden(ids)  # (B, T, C)
+        x = self.hidden(ids, doc_ids)  # (B, T, C)
         if targets is None:
             return self.logits(x)
         if weights is None:
@@ -318,9 +362,9 @@ class GPT(nn.Module):
             weights = wanted / wanted.sum()
         return self._head_loss(x, targets, weights)[0]
 
-    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None) -> Tensor:
         """Nats of each target (B, T), 0 where it is -100; for measuring, not for training."""
-        x = self.hidden(ids).detach()
+        x = self.hidden(ids, doc_ids).detach()
         return self._head_loss(x, targets, torch.ones(targets.shape, device=x.device))[1].view_as(targets)
 
     def _head_loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,24 +372,28 @@ class GPT(nn.Module):
         x = x.flatten(0, 1)  # (B T, C)
         return HeadLoss.apply(x, self.head_weight, targets.flatten(), weights.flatten(), c.vocab_size, c.logit_softcap)
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, doc_ids: Tensor | None = None) -> Tensor:
         """The residual stream (B, T, C) after the last block and its norm, which the head turns into logits."""
-        T = ids.size(1)
-        if self.config.block_size < T:
-            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
+        T, c = ids.size(1), self.config
+        if c.block_size < T:
+            raise ValueError(f"{T} tokens do not fit into block_size {c.block_size}")
         x = self.embed(ids)  # (B, T, C)
         rope = None
-        if self.config.position == "rope":
+        if c.position == "rope":  # tells distances alone, which are the same wherever a document begins
             rope = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
-        elif self.pos_embed is not None:
-            x = x + self.pos_embed.weight[:T]
-        else:  # scaled as in the paper (section 3.4), so that the angles do not drown the tokens
-            x = x * math.sqrt(self.config.n_embd) + torch.cat((self.sin[:T], self.cos[:T]), dim=-1)
+        else:
+            places = slice(0, T) if doc_ids is None else positions(doc_ids)
+            if self.pos_embed is not None:
+                x = x + self.pos_embed.weight[places]
+            else:  # scaled as in the paper (section 3.4), so that the angles do not drown the tokens
+                x = x * math.sqrt(c.n_embd) + torch.cat((self.sin[places], self.cos[places]), dim=-1)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rope)
+        flex = x.is_cuda and doc_ids is not None and not (c.dropout and self.training)  # it has no dropout
+        masks = {window: attention_mask(T, window, doc_ids, x.device, flex) for window in set(self.windows)}
+        for block, window in zip(self.blocks, self.windows, strict=True):
+            x = block(x, rope, masks[window])
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:

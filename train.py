@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,8 @@ class TrainOptions(RunOptions):
     n_embd: int = option(384, "channels", ge=1)
     block_size: int = option(256, "context length, in tokens", ge=1)
     dropout: float = option(0.0, "share of activations dropped in training", ge=0, lt=1)
+    document_mask: bool = option(False, "a token sees its own document only, where several are in a window")
+    start_at_documents: bool = option(False, "move a window in which a document begins on to that place")
 
     @model_validator(mode="before")
     @classmethod
@@ -72,7 +74,7 @@ from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint, point_to, prune, save_checkpoint
 from papagaio.evaluation import evaluate_loss
 from papagaio.generate import generate
-from papagaio.loader import Batch, WindowLoader, mix, validation_batches
+from papagaio.loader import Ahead, Batch, ValidationWindows, WindowLoader, mix
 from papagaio.metrics import RunLog
 from papagaio.optim import make_optimizers, schedule, set_learning_rate
 from papagaio.plots import plot_losses
@@ -83,8 +85,11 @@ from papagaio.tokenizer import Tokenizer
 def main(config: TrainOptions) -> None:
     dataset = Dataset(config.data)
     tokenizer = dataset.tokenizer
-    loader = WindowLoader(dataset, "train", config.block_size, config.batch_size, config.seed)
-    validation = validation_batches(dataset, config.block_size, config.micro_batch_size or config.batch_size, config.eval_tokens)
+    mask = {"document_mask": config.document_mask}
+    size = config.micro_batch_size or config.batch_size
+    validation = ValidationWindows(dataset, config.block_size, size, config.eval_tokens, **mask)
+    mask |= {"start_at_documents": config.start_at_documents}
+    loader = WindowLoader(dataset, "train", config.block_size, config.batch_size, config.seed, **mask)
     device = runtime.pick_device(config.device)
     torch.manual_seed(config.seed)
     shape = config.model_dump(include={"n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout"})
@@ -111,7 +116,7 @@ def main(config: TrainOptions) -> None:
 def fit(
     model: GPT,
     loader: Callable[[int], list[Batch]],
-    validation: list[Batch],
+    validation: Iterable[Batch],
     preview: Callable[[], str],
     tokenizer: Tokenizer,
     config: RunOptions,
@@ -133,7 +138,7 @@ def fit(
         model.compile()  # in place, so that parameter names stay as they are
     model.train()
 
-    with runtime.StopSignal() as stop, RunLog(config, state["step"]) as log:
+    with runtime.StopSignal() as stop, RunLog(config, state["step"]) as log, Ahead(loader, device) as batches:
         clock, clock_tokens = time.perf_counter(), 0
         while True:
             step, last = state["step"], state["step"] == config.max_steps
@@ -164,13 +169,12 @@ def fit(
             torch.manual_seed(mix(config.seed, step))  # dropout depends on seed and step alone, so a resumed run repeats it
             factor = schedule(step, config)
             set_learning_rate(optimizers, factor)
-            for batch in loader(step):
+            for batch in batches(step):
                 state["tokens"] += int((batch.targets != -100).sum())
                 clock_tokens += batch.ids.numel()
                 for micro in batch.split(config.micro_batch_size or config.batch_size):
-                    ids, targets, weights = micro.to(device)
                     with runtime.autocast(device, dtype):
-                        loss = model(ids, targets, weights)
+                        loss = model(*micro.to(device))
                     loss.backward()
                     loss_sum += loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
@@ -249,13 +253,13 @@ def dry_run(model: GPT, loader: Callable[[int], list[Batch]], config: RunOptions
     for step in range(3):
         start = time.perf_counter()
         for micro in (micro for batch in loader(step) for micro in batch.split(config.micro_batch_size or config.batch_size)):
-            ids, targets, weights = micro.to(device)
+            inputs = micro.to(device)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
-                loss = model(ids, targets, weights)
+                loss = model(*inputs)
             activations = max(activations, sum(saved.values()))
             loss.backward()
             saved.clear()
-            tokens += ids.numel() / 3
+            tokens += inputs.ids.numel() / 3
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from papagaio.tokenizer import END, Tokenizer
 
 
 @torch.inference_mode()
-def evaluate_loss(model: nn.Module, batches: Sequence[Batch], tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, float]:
+def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, float]:
     """val_loss: mean nats per predicted token. val_bpb: bits per UTF-8 byte of the text those tokens spell; special tokens
     spell none, so the bits spent on them are left out as well."""
     device = next(model.parameters()).device
@@ -26,9 +26,9 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Batch], tokenizer: Tokeniz
     was_training = model.training
     model.eval()
     for batch in batches:
-        ids, targets, weights = batch.to(device)
+        ids, targets, weights, doc_ids = batch.to(device)
         with autocast(device, dtype):
-            losses = model.losses(ids, targets).double()  # (B, T), 0 where nothing is to be predicted
+            losses = model.losses(ids, targets, doc_ids).double()  # (B, T), 0 where nothing is to be predicted
         wanted = weights > 0
         spelled = torch.where(wanted, lengths[targets.clamp_min(0)], 0)  # (B, T) bytes of each target
         nats = nats + losses[wanted].sum()

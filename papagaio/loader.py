@@ -1,50 +1,81 @@
 """Batches of training windows: a pure function of (seed, step), so that a resumed run needs to remember its step alone.
 
 A window is block_size + 1 consecutive tokens of a shard: inputs, and the same one token later as targets. An epoch visits
-every window exactly once, in an order that a keyed permutation computes index by index: nothing is shuffled in memory.
+every window exactly once, in an order that a keyed permutation computes index by index: nothing is shuffled in memory, which
+does not grow with the corpus. However many ranks share a step's batch, together they have the same windows.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
 from papagaio.config import UserError
 from papagaio.shards import Dataset
+from papagaio.tokenizer import END_OF_TEXT
 
 
 class Batch(NamedTuple):
     """Sequences of one optimizer step, or some of them: ids, targets (B, T) int64 and weights (B, T) float32.
 
     Targets of -100 are not predicted. Weights sum to 1 over a whole step, so the loss of a step is the sum of its parts'.
+    doc_ids (B, T) int64, where given, numbers the documents in a row: a token then sees those of its own document only.
     """
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
+    doc_ids: Tensor | None = None
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of `size` sequences."""
-        return (Batch(*parts) for parts in zip(*(tensor.split(size) for tensor in self), strict=True))
+        return (self._each(lambda tensor, i=i: tensor[i : i + size]) for i in range(0, len(self.ids), size))
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In memory from which a GPU copies by itself, while the program goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(*(None if tensor is None else change(tensor) for tensor in self))
 
 
 class WindowLoader:
     """Training windows of a dataset's split: `loader(step)` is the batch of an optimizer step, in a list of one.
 
-    In each epoch the windows of a shard start at another offset, so that a token is not always at the same place.
-    Raises UserError for a split shorter than one window.
+    In each epoch the windows of a shard start at another offset, so that a token is not always at the same place. With
+    start_at_documents, a window in which a document begins is moved on to that place. With document_mask, doc_ids are given.
+    Of world_size ranks, each has its part of the batch. Raises UserError for a split shorter than one window.
     """
 
-    def __init__(self, dataset: Dataset, split: str, block_size: int, batch_size: int, seed: int) -> None:
-        self.shards = dataset.shards(split)
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        document_mask: bool = False,
+        start_at_documents: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        shards = dataset.shards(split)
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
-        sizes = np.array([len(shard) for shard in self.shards], np.int64)
+        self.document_mask, self.start_at_documents = document_mask, start_at_documents
+        self.start_token = dataset.tokenizer.special[END_OF_TEXT]
+        assert batch_size % world_size == 0, f"{world_size} ranks do not divide a batch of {batch_size}"
+        self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        sizes = np.array([len(shard) for shard in shards], np.int64)
         # As many windows as there are at every offset; at least one where one fits.
         counts = np.maximum((sizes - block_size) // block_size, np.minimum((sizes - 1) // block_size, 1))
         counts = np.maximum(counts, 0)
@@ -56,74 +87,142 @@ class WindowLoader:
                 f"{dataset.directory}: the {split} split has {int(sizes.sum()):,} tokens, fewer than one block of "
                 f"{block_size} + 1; prepare more text or lower --block_size"
             )
+        # Every window that a shard has, as rows (len - T, T + 1) of a view: nothing is copied.
+        self.rows = [sliding_window_view(shard, block_size + 1) if n else None for shard, n in zip(shards, counts, strict=True)]
+        self.steps_at_once = max(1, 4096 // batch_size)
+        self.places = (-1, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self.weights = torch.full((batch_size // world_size, block_size), 1 / (batch_size * block_size))
 
     def __call__(self, step: int) -> list[Batch]:
-        numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)  # windows since the start of training
-        rows = np.stack([self._window(int(n)) for n in numbers])  # (B, T + 1)
-        tokens = torch.from_numpy(rows)
-        targets = tokens[:, 1:].contiguous()
-        return [Batch(tokens[:, :-1].contiguous(), targets, torch.full(targets.shape, 1 / targets.numel()))]
+        shards, starts = self._places(step)
+        tokens = self._read(shards, starts)  # (B, T + 1)
+        if self.start_at_documents:
+            begins = tokens[:, :-1] == self.start_token
+            last = np.array([len(rows) - 1 if rows is not None else 0 for rows in self.rows])[shards]
+            tokens = self._read(shards, np.minimum(starts + begins.argmax(1), last))
+        ids, targets = (torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
+        return [Batch(ids, targets, self.weights, number_documents(ids, self.start_token) if self.document_mask else None)]
 
     def epochs(self, step: int) -> float:
         """Passes over the data after `step` steps."""
         return step * self.batch_size / self.n_windows
 
-    def _window(self, number: int) -> NDArray[np.int64]:
-        epoch, index = divmod(number, self.n_windows)
-        index = permute(index, self.n_windows, self.seed, epoch)
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        index -= int(self.ends[shard - 1]) if shard else 0
-        offset = mix(self.seed, epoch, shard) % (int(self.slack[shard]) + 1)
-        start = offset + index * self.block_size
-        return self.shards[shard][start : start + self.block_size + 1].astype(np.int64)
+    def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shard of each window (B,) and where in it the window starts (B,). Computed for many steps at once."""
+        block, row = divmod(step, self.steps_at_once)
+        if self.places[0] != block:
+            size = self.steps_at_once * self.batch_size
+            windows = np.arange(block * size, (block + 1) * size).reshape(-1, self.batch_size)[:, self.part]
+            epochs, index = np.divmod(windows, self.n_windows)
+            for epoch in np.unique(epochs):
+                index[epochs == epoch] = permute(index[epochs == epoch], self.n_windows, self.seed, int(epoch))
+            shards = np.searchsorted(self.ends, index, side="right")
+            index -= np.where(shards > 0, self.ends[shards - 1], 0)
+            slack = self.slack[shards].astype(np.uint64)
+            offsets = mix(self.seed, epochs.astype(np.uint64), shards.astype(np.uint64)) % (slack + np.uint64(1))
+            self.places = block, shards, offsets.astype(np.int64) + index * self.block_size
+        _, shards, starts = self.places
+        return shards[row], starts[row]
+
+    def _read(self, shards: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.integer]:
+        first = shards[0]
+        if (shards == first).all():
+            return self.rows[first][starts]
+        return np.stack([self.rows[shard][start] for shard, start in zip(shards, starts, strict=True)])
 
 
-def permute(index: int, size: int, seed: int, epoch: int) -> int:
-    """Where `index` goes in the epoch's random order of range(size): a bijection, computed without storing it.
+class Ahead:
+    """Gives the batches of a loader, those of the next step prepared in a thread while this step is computed.
+
+    For a GPU they wait in pinned memory, from which `Batch.to` copies without holding up the program.
+    """
+
+    def __init__(self, loader: Callable[[int], list[Batch]], device: torch.device) -> None:
+        self.loader, self.pinned = loader, device.type == "cuda"
+        self.pool = ThreadPoolExecutor(1)
+        self.waiting: dict[int, Future[list[Batch]]] = {}
+
+    def __call__(self, step: int) -> list[Batch]:
+        future = self.waiting.pop(step, None) or self.pool.submit(self._prepare, step)
+        self.waiting = {step + 1: self.pool.submit(self._prepare, step + 1)}
+        return future.result()
+
+    def _prepare(self, step: int) -> list[Batch]:
+        batches = self.loader(step)
+        return [batch.pin_memory() for batch in batches] if self.pinned else batches
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def number_documents(ids: Tensor, start_token: int) -> Tensor:
+    """doc_ids (B, T) of ids (B, T): how many documents have begun in the row, up to each token."""
+    return (ids == start_token).cumsum(1)
+
+
+def permute(index: Any, size: int, seed: int, epoch: int) -> Any:
+    """Where `index` (an integer, or an array of them) goes in the epoch's random order of range(size): a bijection, computed
+    without storing it.
 
     Four rounds of a Feistel network over the next even power of two; values that fall outside are sent round again
     (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
+    found = np.atleast_1d(np.asarray(index)).astype(np.uint64)
+    outside = np.arange(len(found))
+    while len(outside):
+        left, right = found[outside] >> np.uint64(half), found[outside] & np.uint64(mask)
         for round_number in range(4):
-            left, right = right, left ^ (mix(seed, epoch, round_number, right) & mask)
-        index = left << half | right
-        if index < size:
-            return index
+            left, right = right, left ^ (mix(seed, epoch, round_number, right) & np.uint64(mask))
+        found[outside] = left << np.uint64(half) | right
+        outside = outside[found[outside] >= size]
+    return found.astype(np.int64) if isinstance(index, np.ndarray) else int(found[0])
 
 
-def mix(*values: int) -> int:
-    """64 well-mixed bits of a few integers (splitmix64; Steele, Lea and Flood 2014)."""
-    state = 0
+def mix(*values: Any) -> Any:
+    """64 well-mixed bits of a few integers, or uint64 arrays of them (splitmix64; Steele, Lea and Flood 2014)."""
+    state: Any = 0
     for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
+        state = state ^ state >> 31
     return state
 
 
-def validation_batches(dataset: Dataset, block_size: int, batch_size: int, max_tokens: int = 0) -> list[Batch]:
-    """The validation split, every token but the first predicted exactly once, in consecutive windows.
+class ValidationWindows:
+    """The validation split, every token but the first predicted exactly once, in batches of consecutive windows.
 
     The windows of a shard are padded with -100 at its end. With max_tokens > 0, only the first windows that hold as many.
     Weights are 1 for each predicted token: losses come out as sums. Raises UserError for an empty split.
     """
-    rows, targets = [], []
-    for shard in dataset.shards("val"):
-        for start in range(0, len(shard) - 1, block_size):
-            window = shard[start : start + block_size + 1].astype(np.int64)
-            padding = block_size + 1 - len(window)
-            rows.append(np.pad(window[:-1], (0, padding)))
-            targets.append(np.pad(window[1:], (0, padding), constant_values=-100))
-            if max_tokens and len(rows) * block_size >= max_tokens:
-                break
-        if max_tokens and len(rows) * block_size >= max_tokens:
-            break
-    if not rows:
-        raise UserError(f"{dataset.directory}: the val split is empty; prepare the data with a larger --val_fraction")
-    ids, wanted = torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(targets))
-    return list(Batch(ids, wanted, (wanted != -100).float()).split(batch_size))
+
+    def __init__(
+        self, dataset: Dataset, block_size: int, batch_size: int, max_tokens: int = 0, *, document_mask: bool = False
+    ) -> None:
+        self.shards, self.block_size, self.batch_size = dataset.shards("val"), block_size, batch_size
+        self.start_token = dataset.tokenizer.special[END_OF_TEXT] if document_mask else None
+        starts = [(i, start) for i, shard in enumerate(self.shards) for start in range(0, len(shard) - 1, block_size)]
+        self.starts = starts[: -(-max_tokens // block_size)] if max_tokens else starts
+        if not starts:
+            raise UserError(f"{dataset.directory}: the val split is empty; prepare the data with a larger --val_fraction")
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        T = self.block_size
+        for first in range(0, len(self.starts), self.batch_size):
+            places = self.starts[first : first + self.batch_size]
+            ids = torch.zeros((len(places), T), dtype=torch.int64)
+            targets = torch.full((len(places), T), -100)
+            for row, (shard, start) in enumerate(places):
+                window = torch.from_numpy(self.shards[shard][start : start + T + 1].astype(np.int64))
+                ids[row, : len(window) - 1] = window[:-1]
+                targets[row, : len(window) - 1] = window[1:]
+            doc_ids = None if self.start_token is None else number_documents(ids, self.start_token)
+            yield Batch(ids, targets, (targets != -100).float(), doc_ids)

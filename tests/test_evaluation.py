@@ -14,7 +14,7 @@ from papagaio.checkpoint import open_checkpoint, point_to, prune, save_checkpoin
 from papagaio.config import RunOptions, UserError
 from papagaio.dialogue import Conversation, render_prompt
 from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
-from papagaio.loader import validation_batches
+from papagaio.loader import ValidationWindows
 from papagaio.metrics import RunLog, read_metrics
 from papagaio.optim import make_optimizers
 from papagaio.plots import plot_losses
@@ -35,7 +35,7 @@ def gpt() -> GPT:
 
 def test_loss_and_bits_per_byte_are_their_definitions(gpt: GPT, tmp_path: Path) -> None:
     documents = [b"first document", b"second one", b"third"]
-    batches = validation_batches(make_dataset(tmp_path, [b"x" * 99], documents, 1000), 16, 2)
+    batches = ValidationWindows(make_dataset(tmp_path, [b"x" * 99], documents, 1000), 16, 2)
     found = evaluate_loss(gpt.train(), batches, BYTES, torch.float32)
     assert gpt.training
     stream = torch.tensor([token for document in documents for token in (256, *document)])

@@ -11,13 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papagaio.config import UserError
-from papagaio.loader import Batch, WindowLoader, permute, validation_batches
+from papagaio.loader import Ahead, Batch, ValidationWindows, WindowLoader, mix, permute
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 10**6))
 @settings(max_examples=50)
 def test_permute_is_a_bijection(size: int, seed: int, epoch: int) -> None:
     assert sorted(permute(i, size, seed, epoch) for i in range(size)) == list(range(size))
+
+
+@given(st.integers(1, 10**12), st.integers(0, 2**63), st.integers(0, 10**6), st.lists(st.integers(0, 10**12), max_size=20))
+@settings(max_examples=50)
+def test_permute_takes_an_array_at_once(size: int, seed: int, epoch: int, places: list[int]) -> None:
+    places = [place % size for place in places]
+    assert permute(np.array(places, np.int64), size, seed, epoch).tolist() == [permute(p, size, seed, epoch) for p in places]
+
+
+def test_mix_is_splitmix64() -> None:
+    """The first numbers of splitmix64 from the seed 1234567, as published with it; for integers and arrays alike."""
+    assert mix(1234567) == 6457827717110365317
+    assert mix(np.array([1234567], np.uint64)).tolist() == [6457827717110365317]
+    assert mix(1, 2, np.array([3, 2**64 - 1], np.uint64)).tolist() == [mix(1, 2, 3), mix(1, 2, 2**64 - 1)]
 
 
 def test_permute_differs_by_seed_and_epoch_and_mixes() -> None:
@@ -76,6 +90,66 @@ def test_the_same_windows_whatever_the_batch_size(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([small(step)[0].ids for step in range(3)]), large(0)[0].ids)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_ranks_share_the_batch_of_one(tmp_path: Path, ranks: int) -> None:
+    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
+    options = {"document_mask": True, "start_at_documents": True}
+    alone = WindowLoader(dataset, "train", 16, 6, 1, **options)
+    shared = [WindowLoader(dataset, "train", 16, 6, 1, **options, rank=rank, world_size=ranks) for rank in range(ranks)]
+    for step in (0, 5, 100):
+        (batch,) = alone(step)
+        parts = [loader(step)[0] for loader in shared]
+        for whole, *split in zip(batch, *parts, strict=True):
+            assert torch.equal(whole, torch.cat(split))
+
+
+def test_documents_are_numbered_and_windows_start_at_them(tmp_path: Path) -> None:
+    documents = [bytes([i]) * (5 + 7 * i % 40) for i in range(100)]
+    dataset = make_dataset(tmp_path, documents, shard_tokens=700)
+    loader = WindowLoader(dataset, "train", 16, 8, 1, document_mask=True, start_at_documents=True)
+    plain = WindowLoader(dataset, "train", 16, 8, 1)
+    moved = 0
+    for step in range(30):
+        (batch,), (anywhere,) = loader(step), plain(step)
+        assert anywhere.doc_ids is None
+        for ids, targets, doc_ids, before in zip(batch.ids, batch.targets, batch.doc_ids, anywhere.ids, strict=True):
+            assert torch.equal(ids[1:], targets[:-1])
+            assert doc_ids.tolist() == (ids == 256).cumsum(0).tolist()
+            begins = (before == 256).nonzero().flatten()
+            if len(begins) == 0:
+                assert torch.equal(ids, before)
+            elif ids[0] == 256:
+                moved += 1
+                assert torch.equal(ids[: 16 - int(begins[0])], before[int(begins[0]) :])
+            else:  # at its shard's end it can only be moved so far
+                assert any(shard[-17:-1].tolist() == ids.tolist() for shard in dataset.shards("train"))
+    assert moved > 100
+
+
+def test_the_next_batch_is_ready_ahead(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
+    loader = WindowLoader(dataset, "train", 16, 4, 1)
+    asked: list[int] = []
+    with Ahead(lambda step: asked.append(step) or loader(step), torch.device("cpu")) as ahead:
+        for step in (3, 4, 5, 9):
+            assert torch.equal(ahead(step)[0].ids, loader(step)[0].ids)
+        ahead.waiting[10].result()
+    assert asked[:4] == [3, 4, 5, 6]
+    assert asked[-2:] == [9, 10]
+
+    def broken(step: int) -> list[Batch]:
+        raise ValueError("no such step")
+
+    with Ahead(broken, torch.device("cpu")) as ahead, pytest.raises(ValueError, match="no such step"):
+        ahead(0)
+
+
+def test_validation_may_be_masked_too(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [b"x" * 200], [b"abc", b"defg"], shard_tokens=1024)
+    (batch,) = ValidationWindows(dataset, 12, 2, document_mask=True)
+    assert batch.doc_ids.tolist() == [[1] * 4 + [2] * 8]  # of the last, four are padding
+
+
 def test_epochs_start_windows_at_other_tokens(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [bytes(range(256)) * 4], shard_tokens=2000)
     loader = WindowLoader(dataset, "train", 16, 1, 1)
@@ -87,7 +161,7 @@ def test_epochs_start_windows_at_other_tokens(tmp_path: Path) -> None:
 def test_validation_predicts_every_token_but_the_first_once(tmp_path: Path, block_size: int) -> None:
     text = bytes(range(1, 60))
     dataset = make_dataset(tmp_path, [b"x" * 200], [text], shard_tokens=1024)
-    batches = validation_batches(dataset, block_size, 3)
+    batches = ValidationWindows(dataset, block_size, 3)
     predicted = torch.cat([batch.targets[batch.targets != -100] for batch in batches])
     assert predicted.tolist() == list(text)
     assert sum(float(batch.weights.sum()) for batch in batches) == len(text)
@@ -97,7 +171,7 @@ def test_validation_predicts_every_token_but_the_first_once(tmp_path: Path, bloc
 
 def test_validation_of_some_tokens_takes_the_first(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [b"x" * 200], [bytes(range(100))], shard_tokens=1024)
-    batches = validation_batches(dataset, 10, 2, max_tokens=25)
+    batches = ValidationWindows(dataset, 10, 2, max_tokens=25)
     assert torch.cat([batch.targets for batch in batches]).flatten().tolist() == list(range(30))
 
 
@@ -107,7 +181,7 @@ def test_too_short_a_corpus_is_refused(tmp_path: Path) -> None:
         WindowLoader(dataset, "train", 6, 1, 0)
     assert WindowLoader(dataset, "train", 5, 1, 0).n_windows == 1
     with pytest.raises(UserError, match="val split is empty"):
-        validation_batches(dataset, 5, 1)
+        ValidationWindows(dataset, 5, 1)
 
 
 def test_batch_moves_and_splits_together() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model as model_file
-from model import GPT, PRESETS, GPTConfig, causal_window, rotate
+from model import GPT, PRESETS, GPTConfig, attention_mask, positions, rotate
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -138,12 +138,71 @@ def test_window_hides_what_lies_before_it() -> None:
     with torch.no_grad():
         moved = (gpt(changed) - gpt(ids)).abs().amax((0, 2)) > 1e-5
     assert moved.nonzero().flatten().tolist() == [10, 11, 12, 13]
-    assert causal_window(4, 2, torch.device("cpu")).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    mask = attention_mask(4, 2, None, torch.device("cpu"), flex=False)
+    assert mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
 
 def test_window_pattern_repeats_over_the_layers() -> None:
-    windows = [block.attn.window for block in random_model(n_layer=5, window_pattern="SSL", window_size=7).blocks]
-    assert windows == [7, 7, None, 7, 7]
+    assert random_model(n_layer=5, window_pattern="SSL", window_size=7).windows == [7, 7, None, 7, 7]
+
+
+PACKED = torch.tensor([[0] * 5 + [1] * 9 + [2] * 6, [1] * 12 + [2] + [3] * 7])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_pattern": "SL", "window_size": 4},
+        {"n_kv_head": 2},
+        {**PRESETS["gpt2"]},
+        {"position": "sinusoidal", "norm": "layernorm"},
+    ],
+    ids=["modern", "windows", "grouped", "gpt2", "sinusoidal"],
+)
+@pytest.mark.parametrize("flex", [False, True])
+def test_documents_packed_in_a_row_do_not_see_each_other(options: dict, flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the logits that it has alone, and they do not change with the others."""
+    if flex:  # the path that a GPU takes, not compiled here
+        from torch.nn.attention.flex_attention import flex_attention
+
+        monkeypatch.setattr(model_file, "compiled_flex_attention", lambda: flex_attention)
+        dense = model_file.attention_mask
+        monkeypatch.setattr(model_file, "attention_mask", lambda *arguments: dense(*arguments[:-1], True))
+    gpt = random_model(**options)
+    ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        packed = gpt(ids, doc_ids=PACKED)
+        monkeypatch.undo()
+        for row, start, stop in ((0, 0, 5), (0, 5, 14), (0, 14, 20), (1, 0, 12), (1, 12, 13), (1, 13, 20)):
+            alone = gpt(ids[row : row + 1, start:stop])[0]
+            assert torch.allclose(packed[row, start:stop], alone, atol=1e-4), (row, start)
+        changed = ids.clone()
+        changed[PACKED == 1] = (changed[PACKED == 1] + 1) % 97  # another text in document 1
+        if not flex:
+            assert torch.equal(gpt(changed, doc_ids=PACKED)[PACKED != 1], packed[PACKED != 1])
+            assert not torch.equal(gpt(changed)[PACKED != 1], gpt(ids)[PACKED != 1])  # without the mask they do change
+
+
+def test_the_loss_of_packed_documents_is_that_of_each_alone() -> None:
+    gpt = random_model()
+    ids = torch.randint(0, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    losses = gpt.losses(ids[:, :-1], ids[:, 1:], PACKED)
+    for row, start, stop in ((0, 5, 14), (1, 13, 20)):
+        alone = gpt.losses(ids[row : row + 1, start:stop], ids[row : row + 1, start + 1 : stop + 1])
+        assert torch.allclose(losses[row, start:stop], alone[0], atol=1e-4)
+    gpt(ids[:, :-1], ids[:, 1:], torch.ones(2, 20), PACKED).backward()
+    grads = [p.grad.clone() for p in gpt.parameters()]
+    gpt.zero_grad()
+    for row, number in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3)):
+        where = PACKED[row] == number
+        gpt(ids[row : row + 1, :-1][:, where], ids[row : row + 1, 1:][:, where], torch.ones(1, int(where.sum()))).backward()
+    for packed, alone in zip(grads, gpt.parameters(), strict=True):
+        assert torch.allclose(packed, alone.grad, atol=1e-3, rtol=1e-4)
+
+
+def test_positions_count_from_the_beginning_of_a_document() -> None:
+    assert positions(torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3]])).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
 
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
