@@ -97,15 +97,10 @@ def main(config: PrepareOptions) -> None:
         print(inspection(Dataset(config.inspect)))
         return
     out = config.out
-    if (
-        out.exists()
-        and not config.overwrite
-        and not (out / "manifest.json").exists()
-        and (not out.is_dir() or any(out.iterdir()))
-    ):
-        raise UserError(f"{out}: there is something that is not a dataset; choose another --out")
-    if config.overwrite and out.exists() and not (out / "manifest.json").exists():
-        raise UserError(f"{out}: not a dataset, so --overwrite leaves it alone; choose another --out")
+    if out.exists() and not (out / "manifest.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"{out}: there is something that is not a dataset, which even --overwrite leaves alone; choose another --out"
+        )
     work = out.with_name(f".{out.name}.partial")  # becomes --out when it is whole: a dataset is never half there
     fresh = not work.exists()
     with in_use(work, config.share_of_work):
@@ -113,10 +108,10 @@ def main(config: PrepareOptions) -> None:
             prepare(work, config)
         except UserError as error:
             text = str(error).replace(str(work / "stdin"), "standard input")
-            if fresh and sum(path.stat().st_size for path in work.glob("pieces/*.npy")) < 2**20:
-                shutil.rmtree(work)
-            else:
-                text += "; what was encoded is kept, the same command goes on from there"
+            if fresh and sum(path.stat().st_size for path in work.glob("pieces/*.tokens")) < 2**27:
+                shutil.rmtree(work)  # seconds of work
+            elif fresh:
+                text += f"; what is encoded so far waits in {work} for the same command with a mended input"
             raise UserError(text) from None
 
 
@@ -128,7 +123,9 @@ def prepare(work: Path, config: PrepareOptions) -> None:
     plan = make_plan(tasks, config)
     identity = hashlib.sha256(json.dumps(plan["options"] | {"tasks": [t["spans"] for t in plan["tasks"]]}).encode()).hexdigest()
     if config.out.exists() and not config.overwrite and (config.out / "manifest.json").exists():
-        if Dataset(config.out).manifest.get("made_from") != identity:
+        changed = max(time for task in plan["tasks"] for time in task["changed"])
+        made = (config.out / "manifest.json").stat().st_mtime_ns
+        if Dataset(config.out).manifest.get("made_from") != identity or changed > made:
             raise UserError(f"{config.out}: a dataset made from other input or with other options; --overwrite replaces it")
         print(f"{config.out}: is there already, made from this input with these options", file=sys.stderr)
         return
@@ -225,8 +222,9 @@ def continue_plan(work: Path, plan: dict[str, Any], config: PrepareOptions) -> N
             before["tasks"] = []
         if before["tasks"] != plan["tasks"]:
             # A piece whose input has changed is made again; shards and trained tokenizers depend on all of the input.
-            for file in [*work.glob("*.npy"), work / "tokenizer" / "tokenizer.json"]:
-                file.unlink(missing_ok=True)
+            shutil.rmtree(work / "tokenizer", ignore_errors=True)
+            for shard in work.glob("*.npy"):
+                shard.unlink()
             trained = config.tokenizer in ("bpe", "char")
             for index in work.glob("pieces/*.npy"):
                 number = int(index.stem)
@@ -277,8 +275,12 @@ def make_tokenizer(work: Path, tasks: list[Task], config: PrepareOptions) -> Non
         tokenizer = given_tokenizer(config)
     temporary = work / f"tokenizer.{os.getpid()}"
     save_tokenizer(tokenizer, temporary)
-    shutil.rmtree(work / "tokenizer", ignore_errors=True)
-    temporary.rename(work / "tokenizer")
+    try:
+        temporary.rename(work / "tokenizer")
+    except OSError:  # another part of the work was faster, and has made the same one
+        shutil.rmtree(temporary)
+        if not (work / "tokenizer" / "tokenizer.json").exists():
+            raise
     tokenizer_of.cache_clear()
 
 

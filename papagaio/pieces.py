@@ -81,17 +81,18 @@ class PieceWriter:
 
     def add(self, span: Span, config: ReadingOptions) -> None:
         """Encode the documents of a span. Raises UserError for what cannot be read or encoded, naming where."""
+        self.place = span.path
         for leaf in leaves(span, config):
             if inside_document(leaf, config):
                 fragments = list(read(leaf, config))
                 self._begin(fragments[0].first)
-                self._encode("".join(fragment.text for fragment in fragments), leaf.path)
+                self._encode("".join(fragment.text for fragment in fragments))
                 self._end(fragments[-1].last, span_digest(leaf))
                 continue
             for text, first, last in read(leaf, config):
                 if first:
                     self._begin(first=True)
-                self._encode(text, leaf.path)
+                self._encode(text)
                 if last:
                     self._end(last=True)
 
@@ -101,21 +102,18 @@ class PieceWriter:
         if first:
             self.file.write(self.start.tobytes())
 
-    def _encode(self, text: str, place: str) -> None:
+    def _encode(self, text: str) -> None:
         """Encode what is complete of the text so far; the last stretch may change with what follows."""
         data = text.encode()
         self.digest.update(data)
         self.n_bytes += len(data)
         self.blank = self.blank and not text.strip()
         *whole, self.carry = stretches(self.carry + text) or [""]
-        try:
-            for stretch in whole:
-                self._write(self.tokenizer.encode_array(stretch))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+        for stretch in whole:
+            self._write(stretch)
 
     def _end(self, last: bool, digest: int | None = None) -> None:
-        self._write(self.tokenizer.encode_array(self.carry))
+        self._write(self.carry)
         n_tokens = (self.file.tell() - self.offset) // self.dtype.itemsize
         if self.blank and self.first and last:  # an empty document: no tokens
             n_tokens = 0
@@ -123,7 +121,11 @@ class PieceWriter:
             self.file.truncate()
         self.index.append((self.digest.value() if digest is None else digest, self.n_bytes, n_tokens, self.first, last))
 
-    def _write(self, ids: NDArray[np.integer]) -> None:
+    def _write(self, text: str) -> None:
+        try:
+            ids = self.tokenizer.encode_array(text)
+        except UserError as error:
+            raise UserError(f"{self.place}: {error}") from None
         assert ids.size == 0 or int(ids.max()) < self.tokenizer.vocab_size, "a token id would wrap"
         self.file.write(ids.astype(self.dtype).tobytes())
 

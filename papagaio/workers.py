@@ -24,6 +24,7 @@ def in_parallel(jobs: Sequence[Job], workers: int, sizes: Sequence[int] | None =
     `sizes` in bytes, one a job, asks for a progress bar. An exception in a job ends all. Raises MachineError where a process
     was killed, most likely for want of memory.
     """
+    tqdm.monitor_interval = 0  # no thread beside the bar, see below
     # On a terminal the bar moves; elsewhere a line is printed now and then.
     terminal = sys.stderr.isatty()
     bar = tqdm(
@@ -41,8 +42,9 @@ def in_parallel(jobs: Sequence[Job], workers: int, sizes: Sequence[int] | None =
                 yield function(*arguments)
                 bar.update(sizes[number] if sizes else 0)
             return
-        # A forked process has what its parent has loaded; where that is not to be had, or not safe, it is loaded anew.
-        forked = sys.platform == "linux" and threading.active_count() == 1
+        # A forked process has what its parent has loaded. Where that is not to be had, or not safe for threads and open
+        # connections, a fresh one loads it anew.
+        forked = sys.platform == "linux" and threading.active_count() == 1 and "datasets" not in sys.modules
         context = multiprocessing.get_context("fork" if forked else "spawn")
         pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start)
         running: dict[Future, int] = {}

@@ -158,6 +158,9 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path, script: Script, cap
     before = snapshot(out)
     run_prepare(out, tmp_path / "a.txt")  # the same again: nothing to do
     assert "is there already" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("same size " * 100)  # changed since
+    with pytest.raises(UserError, match="made from other input"):
+        run_prepare(out, tmp_path / "a.txt")
     refused = script("data/prepare.py", "--input", tmp_path / "a.txt", "--out", out, "--tokenizer=byte", "--val_fraction=0.5")
     assert refused.returncode == 2
     assert "made from other input or with other options; --overwrite replaces it" in refused.stderr
@@ -169,7 +172,7 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path, script: Script, cap
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="not a dataset"):
+        with pytest.raises(UserError, match="not a dataset, which even --overwrite leaves alone"):
             run_prepare(mine, tmp_path / "a.txt", overwrite=overwrite)
     assert (mine / "thesis.txt").exists()
 
@@ -210,6 +213,14 @@ def test_ids_beyond_the_vocabulary_are_never_written(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(AssertionError, match="wrap"):
         piece.add(corpus.Span(str(tmp_path / "a.txt"), "text", 0, -1, 3), corpus.ReadingOptions())
+
+
+def test_a_character_that_a_tokenizer_does_not_know_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc" * 50)
+    run_prepare(tmp_path / "chars", tmp_path / "a.txt", tokenizer="char")
+    (tmp_path / "b.txt").write_text("abd")
+    with pytest.raises(UserError, match=r"b\.txt: character 'd' .* is not among the 3"):
+        run_prepare(tmp_path / "out", tmp_path / "b.txt", tokenizer=str(tmp_path / "chars" / "tokenizer"))
 
 
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path: Path) -> None:
@@ -428,6 +439,26 @@ def test_an_interrupted_run_goes_on_only_with_its_own_options(tmp_path: Path, ma
     with pytest.raises(UserError, match="manifest"):
         run_prepare(tmp_path / "other", many, **run_prepare_part)
     assert run_prepare(tmp_path / "other", many, val_fraction=0.3, overwrite=True).splits["val"]["documents"] > 0
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_mistake_late_in_a_large_input_keeps_what_is_done(tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (many / "9.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    stat = Path.stat
+    large = SimpleNamespace(st_size=2**27)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda self, **options: large if self.suffix == ".tokens" else stat(self, **options))
+        with pytest.raises(UserError, match=r"9\.jsonl:2: not JSON.*; what is encoded so far waits in .*\.out\.partial"):
+            run_prepare(tmp_path / "out", many)
+    kept = len(list((tmp_path / ".out.partial" / "pieces").glob("*.npy")))
+    assert kept > 10
+    (many / "9.jsonl").write_text('{"text": "good"}\n')
+    encoded: list[int] = []
+    encode = prepare.encode
+    monkeypatch.setattr(prepare, "encode", lambda work, number, *rest: encoded.append(number) or encode(work, number, *rest))
+    assert "good" in documents(run_prepare(tmp_path / "out", many), "train") + documents(Dataset(tmp_path / "out"), "val")
+    assert 0 not in encoded
+    assert len(encoded) < kept
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, many: Path) -> None:
