@@ -17,9 +17,11 @@ import json
 import os
 import shutil
 import sys
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +115,13 @@ def main(config: PrepareOptions) -> None:
             elif fresh:
                 text += f"; what is encoded so far waits in {work} for the same command with a mended input"
             raise UserError(text) from None
+        except OSError as error:
+            raise MachineError(f"{error}; what is encoded so far is kept, the same command goes on from there") from None
 
 
 def prepare(work: Path, config: PrepareOptions) -> None:
     """All steps, in the directory `work`; those that an interrupted run has done are not done again."""
-    inputs = tuple(str(read_stdin(work, config)) if name == "-" else name for name in config.input)
+    inputs = tuple(str(read_stdin(work)) if name == "-" else name for name in config.input)
     spans = list_spans(inputs, config)
     tasks = make_tasks(spans)
     plan = make_plan(tasks, config)
@@ -166,7 +170,7 @@ def prepare(work: Path, config: PrepareOptions) -> None:
     print(summary(Dataset(config.out), gpt2), file=sys.stderr)
 
 
-def read_stdin(work: Path, config: PrepareOptions) -> Path:
+def read_stdin(work: Path) -> Path:
     """Standard input as a file: it can be read only once, and is read by several workers."""
     with (work / "stdin").open("wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
@@ -211,7 +215,12 @@ def make_plan(tasks: list[Task], config: PrepareOptions) -> dict[str, Any]:
 def continue_plan(work: Path, plan: dict[str, Any], config: PrepareOptions) -> None:
     """Make `work` ready for a plan: keep the pieces of an interrupted run that are still right, refuse other options."""
     path = work / "plan.json"
-    if path.exists():
+    if not path.exists():  # nothing, or what a run that was killed at its very end has left
+        for name in ("pieces", "tokenizer"):
+            shutil.rmtree(work / name, ignore_errors=True)
+        for shard in work.glob("*.npy"):
+            shard.unlink()
+    else:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["options"] != plan["options"]:
             if not config.overwrite:
@@ -295,24 +304,22 @@ def sample(tasks: list[Task], config: PrepareOptions) -> Iterator[str]:
     Which documents are held out is decided as it is for the shards. (That of a text beyond LEAF_BYTES of which the sample has
     only a part cannot be known: a part that will be held out may be in the sample.)
     """
-    digests: list[Digest] = []
-    sizes: list[int] = []
-    texts: list[int] = []  # characters that are not blanks at the ends; 0 is an empty document
-    for number, text in sampled(tasks, config):
-        if number == len(digests):
-            digests.append(Digest())
-            sizes.append(0)
-            texts.append(0)
-        data = text.encode()
-        digests[number].update(data)
-        sizes[number] += len(data)
-        texts[number] += len(text.strip())
-    found = Documents(*(np.array(column, np.uint64) for column in ([d.value() for d in digests], sizes, texts)))
+    digests, sizes, texts = (array("Q") for _ in range(3))  # texts: characters but for blanks at the ends; 0 is an empty one
+    for _, document in groupby(sampled(tasks, config), key=lambda pair: pair[0]):
+        digest, size, text_size = Digest(), 0, 0
+        for _, text in document:
+            data = text.encode()
+            digest.update(data)
+            size, text_size = size + len(data), text_size + len(text.strip())
+        digests.append(digest.value())
+        sizes.append(size)
+        texts.append(text_size)
+    found = Documents(*(np.array(column, np.uint64) for column in (digests, sizes, texts)))
     fate = Fate(lambda: iter([found]), config.val_fraction, config.keep_duplicates)
     if fate.dropped.all():
         raise UserError(f"{', '.join(config.input)}: no text in there")
     left_out = fate.dropped | fate.splits(found.digest)
-    kept = sum(size for size, out in zip(sizes, left_out, strict=True) if not out)
+    kept = int(found.bytes[~left_out].sum())
     room = kept if fate.held_out is not None else int(kept * (1 - config.val_fraction))  # a single document is cut
     print(f"training a tokenizer on {room:,} bytes of text", file=sys.stderr)
     for number, text in sampled(tasks, config):
@@ -351,7 +358,10 @@ def encode(work: Path, number: int, task: Task, config: PrepareOptions) -> None:
 def check_disk(work: Path, tasks: list[Task], tokenizer: Tokenizer, config: PrepareOptions) -> None:
     """Raises MachineError where the disk has less room than the shards will take, as far as can be told from the first text."""
     beginning = next((fragment.text[: 2**18] for task in tasks for span in task for fragment in read(span, config)), "")
-    per_byte = len(tokenizer.encode_array(beginning)) / max(1, len(beginning.encode()))
+    try:
+        per_byte = len(tokenizer.encode_array(beginning)) / max(1, len(beginning.encode()))
+    except UserError:  # a worker will come upon it, and say where
+        return
     n_bytes = sum(span.size * (4 if span.path.lower().endswith((".gz", ".zst")) else 1) for task in tasks for span in task)
     # Pieces are deleted as they go into train shards; the val shards are written beside all of them.
     needed = n_bytes * per_byte * token_dtype(tokenizer).itemsize * (1.1 + config.val_fraction)
@@ -391,9 +401,12 @@ def finish(work: Path, out: Path, manifest: dict[str, Any]) -> None:
     shutil.rmtree(work / "pieces")
     for path in [*work.glob("*.lock"), work / "stdin", work / "plan.json"]:
         path.unlink(missing_ok=True)
-    if out.is_dir():
-        shutil.rmtree(out)
+    before = work.with_name(f".{out.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if out.exists():
+        out.rename(before)
     work.rename(out)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 if __name__ == "__main__":
