@@ -137,33 +137,22 @@ def trimmed(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
 
 
 def record_boundary(path: str, position: int, between: str) -> int:
-    """Where the first record after `position` begins: the end of the first separator that ends at or after it."""
+    """Where the first record begins that follows a separator after `position`."""
     size = os.path.getsize(path)
     if position <= 0 or position >= size:
         return max(0, min(position, size))
     find = re.compile(between.encode()).finditer
-    with open(path, "rb") as file:
-        # Begin where the whole of a separator that ends here would be seen.
-        begin = max(0, position - SEPARATOR_BYTES)
-        while begin:
-            file.seek(begin)
-            if not file.read(1).isspace():
-                break
-            begin = max(0, begin - BLOCK_BYTES)
-        file.seek(begin)
-        buffer = b""
-        while True:
-            block = file.read(BLOCK_BYTES)
-            buffer += block
-            certain = len(buffer.rstrip()) if block else sys.maxsize
-            for match in find(buffer):
-                if begin + match.end() >= position and match.end() < certain:
-                    return begin + match.end()
-            if not block:
-                return size
-            keep = SEPARATOR_BYTES + len(buffer) - len(buffer.rstrip())
-            begin += max(0, len(buffer) - keep)
-            buffer = buffer[-keep:]
+    buffer = b""
+    for block in chain(blocks_of(path, position, -1), [b""]):
+        buffer += block
+        certain = len(buffer.rstrip()) if block else sys.maxsize  # as in `cut`
+        match = next((match for match in find(buffer) if match.end() < certain), None)
+        if match:
+            return position + match.end()
+        keep = SEPARATOR_BYTES + len(buffer) - len(buffer.rstrip())
+        position += max(0, len(buffer) - keep)
+        buffer = buffer[-keep:]
+    return size
 
 
 def document_boundary(path: str, position: int) -> int:

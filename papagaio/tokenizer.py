@@ -199,11 +199,11 @@ class _Pieces(dict[str, bytes]):
 
     def __init__(self, pattern: str, encode_piece: Callable[[str], list[int]]) -> None:
         classes = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9", r"\s": r"\t-\r ", r"\S": r"^\t-\r "}
-        # Inside brackets a class stands as it is, outside it gets brackets of its own; `$` alone would match before a final \n.
+        # Inside brackets a class stands as it is, outside it gets brackets of its own.
         parts = re.split(r"(\[[^]]*\])", pattern)
         for name, characters in classes.items():
             parts = [part.replace(name, characters if i % 2 else f"[{characters}]") for i, part in enumerate(parts)]
-        self.find = re.compile("".join(part if i % 2 else part.replace("$", r"\Z") for i, part in enumerate(parts))).findall
+        self.find = re.compile("".join(parts)).findall
         self.encode_piece = encode_piece
 
     def encode(self, text: str) -> NDArray[np.uint32]:
