@@ -250,7 +250,7 @@ def test_arrays_hold_the_ids_that_tiktoken_gives(pattern: str, text: str, copies
 
 @functools.cache
 def trained(pattern: str) -> BPETokenizer:
-    return train_bpe(["the parrot's words, 'LL go on...\n\n  naïve 🦜 日本 " * 20, "(word) word 123456\t\r\n" * 9], 400, pattern)
+    return train_bpe(["the parrot's words, 'LL go on...\n\n  naïve 🦜 日本 " * 20, "(word) word 123456\t\r\n" * 9, "a.\x1c.b\x0b " * 20], 400, pattern)
 
 
 def test_a_text_without_a_place_to_cut_is_cut_by_force() -> None:
