@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from papagaio.config import MachineError, UserError
@@ -236,6 +236,7 @@ pieces_of_text = st.lists(
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN, r"\p{Lu}?\p{L}+|\s+|."])
 @given(pieces_of_text, st.integers(1, 40))
 @settings(max_examples=150, deadline=None)
+@example("a.\x1c.b\x0b 'LL don't\r\n\n  (12345)  \t x", 1)
 def test_arrays_hold_the_ids_that_tiktoken_gives(pattern: str, text: str, copies: int) -> None:
     """Also where a text is cut into stretches, looked up piece by piece, or handed to tiktoken."""
     tokenizer = trained(pattern)
@@ -250,7 +251,9 @@ def test_arrays_hold_the_ids_that_tiktoken_gives(pattern: str, text: str, copies
 
 @functools.cache
 def trained(pattern: str) -> BPETokenizer:
-    return train_bpe(["the parrot's words, 'LL go on...\n\n  naïve 🦜 日本 " * 20, "(word) word 123456\t\r\n" * 9, "a.\x1c.b\x0b " * 20], 400, pattern)
+    return train_bpe(
+        ["the parrot's words, 'LL go on...\n\n  naïve 🦜 日本 " * 20, "(word) word 123456\t\r\n.\x1c.b\x0b " * 9], 400, pattern
+    )
 
 
 def test_a_text_without_a_place_to_cut_is_cut_by_force() -> None:
