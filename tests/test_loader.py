@@ -144,6 +144,19 @@ def test_the_next_batch_is_ready_ahead(tmp_path: Path) -> None:
         ahead(0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_for_a_gpu_wait_in_pinned_memory(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
+    loader = WindowLoader(dataset, "train", 16, 4, 1, document_mask=True)
+    with Ahead(loader, torch.device("cuda")) as ahead:
+        for step in range(3):
+            (batch,) = ahead(step)
+            assert all(tensor.is_pinned() for tensor in batch)
+            for tensor, expected in zip(batch.to(torch.device("cuda")), loader(step)[0], strict=True):
+                assert torch.equal(tensor.cpu(), expected)
+
+
 def test_validation_may_be_masked_too(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [b"x" * 200], [b"abc", b"defg"], shard_tokens=1024)
     (batch,) = ValidationWindows(dataset, 12, 2, document_mask=True)

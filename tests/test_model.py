@@ -184,6 +184,24 @@ def test_documents_packed_in_a_row_do_not_see_each_other(options: dict, flex: bo
             assert not torch.equal(gpt(changed)[PACKED != 1], gpt(ids)[PACKED != 1])  # without the mask they do change
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"window_pattern": "SL", "window_size": 40}, {"n_kv_head": 2}])
+def test_packed_documents_on_a_gpu_are_those_on_the_cpu(options: dict) -> None:
+    """FlexAttention, compiled, forward and backward, beside the mask through SDPA."""
+    shape = {"block_size": 256, "n_head": 4, "n_embd": 128}
+    ids = torch.randint(0, 97, (2, 257), generator=torch.Generator().manual_seed(1))
+    doc_ids = (torch.rand(2, 256, generator=torch.Generator().manual_seed(2)) < 0.02).cumsum(1)
+    grads = {}
+    for device in ("cpu", "cuda"):
+        gpt = random_model(**shape | options).to(device).train()
+        loss = gpt(ids[:, :-1].to(device), ids[:, 1:].to(device), doc_ids=doc_ids.to(device))
+        loss.backward()
+        grads[device] = [loss.detach().cpu(), *(p.grad.cpu() for p in gpt.parameters())]
+    for one, other in zip(*grads.values(), strict=True):
+        assert torch.allclose(one, other, atol=2e-2, rtol=2e-2)
+
+
 def test_the_loss_of_packed_documents_is_that_of_each_alone() -> None:
     gpt = random_model()
     ids = torch.randint(0, 97, (2, 21), generator=torch.Generator().manual_seed(1))
