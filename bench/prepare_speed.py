@@ -20,8 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from data import prepare
 from papagaio.config import Options, UserError, option, parse, run
 from papagaio.shards import Dataset
@@ -58,7 +56,7 @@ def main(config: PrepareSpeedOptions) -> None:
 def in_turn(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
     """Seconds of each side: they run one after the other, `repeats` times; the median."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in tqdm(range(repeats), desc=" | ".join(sides), leave=False):
+    for _ in range(repeats):
         for name, side in sides.items():
             seconds[name].append(side())
     return {name: statistics.median(values) for name, values in seconds.items()}

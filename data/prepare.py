@@ -33,7 +33,7 @@ from pydantic import model_validator
 
 from papagaio.config import MachineError, UserError, option, parse, run
 from papagaio.corpus import LEAF_BYTES, ReadingOptions, Span, list_spans, read
-from papagaio.inspection import inspection, summary
+from papagaio.inspection import comparison, inspection, summary
 from papagaio.pieces import Digest, Documents, Fate, Pieces, PieceWriter, assemble, piece_paths
 from papagaio.shards import Dataset, token_dtype
 from papagaio.tokenizer import (
@@ -166,8 +166,10 @@ def prepare(work: Path, config: PrepareOptions) -> None:
         "splits": splits,
     }
     finish(work, config.out, manifest)
-    gpt2 = gpt2_tokenizer(config.ranks) if config.ranks else cached_gpt2_tokenizer()
-    print(summary(Dataset(config.out), gpt2), file=sys.stderr)
+    print(summary(manifest, tokenizer), file=sys.stderr)
+    if config.tokenizer == "bpe":
+        gpt2 = gpt2_tokenizer(config.ranks) if config.ranks else cached_gpt2_tokenizer()
+        print(comparison(Dataset(config.out), gpt2), file=sys.stderr)
 
 
 def read_stdin(work: Path) -> Path:
@@ -252,10 +254,14 @@ def write_whole(path: Path, text: str) -> None:
 
 # Tokenizers
 
+_made: dict[Path, Tokenizer] = {}
 
-@cache
+
 def tokenizer_of(directory: Path) -> Tokenizer:
-    return load_tokenizer(directory)
+    """The tokenizer in a directory; a forked worker has that of its parent."""
+    if directory not in _made:
+        _made[directory] = load_tokenizer(directory)
+    return _made[directory]
 
 
 @cache
@@ -273,6 +279,7 @@ def given_tokenizer(config: PrepareOptions) -> Tokenizer:
 def make_tokenizer(work: Path, tasks: list[Task], config: PrepareOptions) -> None:
     """Write the tokenizer that --tokenizer names to work/tokenizer: char knows every character there is, bpe learns from a
     sample of the training split."""
+    _made.pop(work / "tokenizer", None)
     if (work / "tokenizer" / "tokenizer.json").exists():
         return
     if config.tokenizer == "char":
@@ -290,7 +297,7 @@ def make_tokenizer(work: Path, tasks: list[Task], config: PrepareOptions) -> Non
         shutil.rmtree(temporary)
         if not (work / "tokenizer" / "tokenizer.json").exists():
             raise
-    tokenizer_of.cache_clear()
+    _made[work / "tokenizer"] = tokenizer
 
 
 def characters(task: Task, config: PrepareOptions) -> set[str]:
@@ -304,8 +311,11 @@ def sample(tasks: list[Task], config: PrepareOptions) -> Iterator[str]:
     Which documents are held out is decided as it is for the shards. (That of a text beyond LEAF_BYTES of which the sample has
     only a part cannot be known: a part that will be held out may be in the sample.)
     """
+    n_bytes = [span.size for task in tasks for span in task]
+    small = all(n_bytes) and sum(n_bytes) < 2**25  # then it is kept rather than read twice
+    kept = list(sampled(tasks, config)) if small else None
     digests, sizes, texts = (array("Q") for _ in range(3))  # texts: characters but for blanks at the ends; 0 is an empty one
-    for _, document in groupby(sampled(tasks, config), key=lambda pair: pair[0]):
+    for _, document in groupby(kept or sampled(tasks, config), key=lambda pair: pair[0]):
         digest, size, text_size = Digest(), 0, 0
         for _, text in document:
             data = text.encode()
@@ -319,13 +329,14 @@ def sample(tasks: list[Task], config: PrepareOptions) -> Iterator[str]:
     if fate.dropped.all():
         raise UserError(f"{', '.join(config.input)}: no text in there")
     left_out = fate.dropped | fate.splits(found.digest)
-    kept = int(found.bytes[~left_out].sum())
-    room = kept if fate.held_out is not None else int(kept * (1 - config.val_fraction))  # a single document is cut
+    room = int(found.bytes[~left_out].sum())
     print(f"training a tokenizer on {room:,} bytes of text", file=sys.stderr)
-    for number, text in sampled(tasks, config):
+    if fate.held_out is None:  # a single document is cut
+        room = int(room * (1 - config.val_fraction))
+    for number, text in kept or sampled(tasks, config):
         if not left_out[number] and room > 0:
-            yield from stretches(text.encode()[:room].decode(errors="ignore"))
             room -= len(text.encode())
+            yield from stretches(text if room >= 0 else text.encode()[:room].decode(errors="ignore"))
 
 
 def sampled(tasks: list[Task], config: PrepareOptions) -> Iterator[tuple[int, str]]:

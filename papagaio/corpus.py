@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from papagaio.config import Options, UserError, option
 from papagaio.textfiles import Fragment, cut, decoded, document_boundary, record_boundary, trimmed, whole
 
-LEAF_BYTES = 2**21  # of a large text that is one document: hashed by themselves, encoded by one worker
+LEAF_BYTES = 2**20  # of a large text that is one document: hashed by themselves, encoded by one worker
 MAX_SPANS = 2**14  # spans grow with the corpus, to 64 MiB, so that there are not too many of them
 
 

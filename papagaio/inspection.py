@@ -1,5 +1,7 @@
 """What a dataset holds, in words."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,24 +11,24 @@ from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 COMPARED = 2**22  # held-out tokens on which tokenizers are compared
 
 
-def summary(dataset: Dataset, other: Tokenizer | None) -> str:
-    """Counts of both splits; for a tokenizer trained on the corpus, its bytes a token on held-out text beside the other's."""
-    tokenizer = dataset.tokenizer
+def summary(manifest: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """Counts of both splits."""
     lines = [f"{tokenizer.kind} tokenizer: {tokenizer.vocab_size:,} tokens"]
-    lines.append(f"empty documents left out: {dataset.manifest['empty_documents']:,}")
-    lines += [f"{split}: {counts(dataset, split)}" for split in SPLITS]
-    if tokenizer.kind == "bpe" and other is None:
-        lines.append("bytes a token: GPT-2's vocabulary is not at hand to compare with (--ranks FILE)")
-    elif tokenizer.kind == "bpe":
-        texts = [tokenizer.decode(ids) for ids in documents(dataset.shards("val")[0][:COMPARED], tokenizer)]
-        n_bytes = sum(len(text.encode()) for text in texts)
-        ours, theirs = (n_bytes / sum(len(t.encode_array(text)) for text in texts) for t in (tokenizer, other))
-        lines.append(f"bytes a token on {n_bytes:,} bytes of held-out text: {ours:.2f}, with GPT-2's vocabulary {theirs:.2f}")
-    return "\n".join(lines)
+    lines.append(f"empty documents left out: {manifest['empty_documents']:,}")
+    return "\n".join(lines + [f"{split}: {counts(manifest['splits'][split])}" for split in SPLITS])
 
 
-def counts(dataset: Dataset, split: str) -> str:
-    found = dataset.splits[split]
+def comparison(dataset: Dataset, gpt2: Tokenizer | None) -> str:
+    """Bytes a token of the dataset's tokenizer on held-out text, beside GPT-2's."""
+    if gpt2 is None:
+        return "bytes a token: GPT-2's vocabulary is not at hand to compare with (--ranks FILE)"
+    texts = [dataset.tokenizer.decode(ids) for ids in documents(dataset.shards("val")[0][:COMPARED], dataset.tokenizer)]
+    n_bytes = sum(len(text.encode()) for text in texts)
+    ours, theirs = (n_bytes / sum(len(t.encode_array(text)) for text in texts) for t in (dataset.tokenizer, gpt2))
+    return f"bytes a token on {n_bytes:,} bytes of held-out text: {ours:.2f}, with GPT-2's vocabulary {theirs:.2f}"
+
+
+def counts(found: dict[str, Any]) -> str:
     return (
         f"{found['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} tokens "
         f"({found['bytes_per_token']:.2f} bytes a token), longest document {found['longest_document']:,} tokens, "
@@ -49,7 +51,7 @@ def inspection(dataset: Dataset) -> str:
         f"{tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens, stored as {manifest['dtype']}",
     ]
     for split in SPLITS:
-        lines += ["", f"{split}: {counts(dataset, split)}"]
+        lines += ["", f"{split}: {counts(dataset.splits[split])}"]
         shards = dataset.shards(split)
         for entry in dataset.splits[split]["shards"]:
             lines.append(f"  {entry['file']}: {entry['tokens']:,} tokens, sha256 {entry['sha256'][:16]}... verified")

@@ -11,6 +11,7 @@ Every tokenizer reserves the same five special tokens, so that fine-tuning never
 """
 
 import base64
+import binascii
 import hashlib
 import json
 import os
@@ -149,10 +150,12 @@ class CharTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding: `ranks` maps byte strings to ids 0 to n - 1 in order of merging; tiktoken applies them."""
 
-    def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str) -> None:
+    def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, ranks_text: bytes | None = None) -> None:
+        """`ranks_text` is what _format_ranks makes of the ranks, where that is at hand already."""
         import tiktoken
 
         self.kind, self.ranks, self.pattern = kind, ranks, pattern
+        self.ranks_text = ranks_text or _format_ranks(ranks)
         self.special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         # The special tokens are unknown to tiktoken, so that it cannot find them in a text.
@@ -184,7 +187,7 @@ class BPETokenizer(Tokenizer):
             "kind": self.kind,
             "pattern": self.pattern,
             "special_tokens": self.special,
-            "ranks_sha256": hashlib.sha256(_format_ranks(self.ranks)).hexdigest(),
+            "ranks_sha256": hashlib.sha256(self.ranks_text).hexdigest(),
         }
 
 
@@ -251,10 +254,10 @@ def gpt2_tokenizer(ranks_file: Path | None = None) -> BPETokenizer:
     Raises UserError for a file that is not GPT-2's, MachineError where tiktoken can neither find nor fetch it.
     """
     if ranks_file is not None:
-        ranks = _read_ranks(ranks_file)
-        if hashlib.sha256(_format_ranks(ranks)).hexdigest() != GPT2_RANKS_SHA256:
+        ranks, text = _read_ranks(ranks_file)
+        if hashlib.sha256(text).hexdigest() != GPT2_RANKS_SHA256:
             raise UserError(f"{ranks_file}: not GPT-2's vocabulary (50,256 ranks with a known sha256)")
-        return BPETokenizer("gpt2", ranks, GPT2_PATTERN)
+        return BPETokenizer("gpt2", ranks, GPT2_PATTERN, text)
     import requests
     import tiktoken
 
@@ -282,7 +285,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(_to_json(tokenizer.describe()), encoding="utf-8")
     if isinstance(tokenizer, BPETokenizer):
-        (directory / "ranks.tiktoken").write_bytes(_format_ranks(tokenizer.ranks))
+        (directory / "ranks.tiktoken").write_bytes(tokenizer.ranks_text)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -300,7 +303,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     elif kind == "char" and isinstance(found.get("characters"), str):
         tokenizer = CharTokenizer(found["characters"])
     elif kind in ("bpe", "gpt2") and isinstance(found.get("pattern"), str):
-        tokenizer = BPETokenizer(kind, _read_ranks(directory / "ranks.tiktoken"), found["pattern"])
+        ranks, text = _read_ranks(directory / "ranks.tiktoken")
+        tokenizer = BPETokenizer(kind, ranks, found["pattern"], text)
     else:
         raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe or gpt2")
     if tokenizer.describe() != found:
@@ -324,18 +328,21 @@ def _format_ranks(ranks: dict[bytes, int]) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    ranks: dict[bytes, int] = {}
+def _read_ranks(path: Path) -> tuple[dict[bytes, int], bytes]:
+    """The ranks in a file of tiktoken's text format, and its text."""
     try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-            if int(rank) != number - 1 or len(ranks) != number:
-                raise ValueError
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected byte-pair ranks in tiktoken's format") from None
-    except ValueError:
-        raise UserError(f"{path}:{number}: not tiktoken's format: base64, a blank, and the rank {number - 1}") from None
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
+        except ValueError:
+            rank = b""
+        if rank != b"%d" % (number - 1) or len(ranks) != number:
+            raise UserError(f"{path}:{number}: not tiktoken's format: base64, a blank, and the rank {number - 1}")
     if len(ranks) < 256:
         raise UserError(f"{path}: only {len(ranks)} ranks; the 256 bytes at least must be there")
-    return ranks
+    return ranks, text
