@@ -10,6 +10,7 @@ ours reads the file, encodes, hashes and writes a dataset. Prints a table, then 
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -68,17 +69,17 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def process(*arguments: object, quiet: bool = True) -> tuple[float, int]:
-    """Run prepare.py as a user does: seconds, and the largest resident memory of any one of its processes in bytes."""
+def process(*arguments: object) -> tuple[float, int]:
+    """Run prepare.py as a user does: seconds, and the largest resident memory of any one of its processes in bytes.
+
+    A small process starts it and asks for the memory: Linux counts what the starting process had as its child's.
+    """
+    starter = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stderr=subprocess.DEVNULL); "
+    starter += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    command = [sys.executable, str(ROOT / "data/prepare.py"), *map(str, arguments)]
     start = time.perf_counter()
-    pid = os.fork()
-    if pid == 0:
-        if quiet:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.execv(sys.executable, [sys.executable, str(ROOT / "data/prepare.py"), *map(str, arguments)])
-    _, status, used = os.wait4(pid, 0)  # of the process and of all that it has waited for, its workers
-    assert status == 0, "prepare.py failed"
-    return time.perf_counter() - start, used.ru_maxrss * 1024
+    used = subprocess.run([sys.executable, "-S", "-c", starter, *command], check=True, capture_output=True).stdout
+    return time.perf_counter() - start, int(used) * 1024
 
 
 def encoding(config: PrepareSpeedOptions, texts: list[str], folder: Path) -> list[dict[str, Any]]:
