@@ -161,6 +161,7 @@ PACKED = torch.tensor([[0] * 5 + [1] * 9 + [2] * 6, [1] * 12 + [2] + [3] * 7])
     ids=["modern", "windows", "grouped", "gpt2", "sinusoidal"],
 )
 @pytest.mark.parametrize("flex", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_documents_packed_in_a_row_do_not_see_each_other(options: dict, flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has the logits that it has alone, and they do not change with the others."""
     if flex:  # the path that a GPU takes, not compiled here
