@@ -120,6 +120,20 @@ def test_spans_share_a_file_without_loss(tmp_path_factory: pytest.TempPathFactor
         assert shared == [text.strip("\r\n") for text in (texts if texts[-1] else texts[:-1])]
 
 
+def test_a_record_of_many_spans_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a", "x" * 5000, "b", "y" * 2000]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    searched: list[int] = []
+    blocks_of = textfiles.blocks_of
+    monkeypatch.setattr(textfiles, "blocks_of", lambda path, start, stop: searched.append(stop) or blocks_of(path, start, stop))
+    with small_blocks():
+        assert texts_of(path) == texts
+    assert searched.count(-1) <= 6  # searches for a boundary; the file has more than a hundred spans
+    write_jsonl(path, ["c", "z" * 4000, *texts])  # another file with the same name
+    with small_blocks():
+        assert texts_of(path) == ["c", "z" * 4000, *texts]
+
+
 def test_blank_lines_part_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\n\nfirst\nstill first\r\n\r\n  second\n \t\n\n\nthird\n\n")
     assert [t for t in texts_of(tmp_path / "a.txt", split_documents="blank_line") if t] == [
