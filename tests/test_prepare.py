@@ -419,8 +419,10 @@ def test_kill_9_at_random_moments(tmp_path: Path, many: Path) -> None:
         write_jsonl(many / f"more{i}.jsonl", [f"text {i} {j} of many words in a row " * 30 for j in range(150)])
     command = [sys.executable, "data/prepare.py", "--input", str(many), "--tokenizer=bpe", "--vocab_size=400", "--workers=2"]
     command += ["--shard_tokens=100000", "--out"]
+    start = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
-    delays = np.random.default_rng(int(time.time())).uniform(0.2, 1.5, 10).tolist()
+    moments = np.random.default_rng(int(time.time())).uniform(0.1, 0.9, 10)
+    delays = sorted((moments * (time.monotonic() - start)).tolist())
     hits = kill_and_repeat([*command, str(tmp_path / "out")], tmp_path / "out", delays)
     assert hits > 0, delays
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole"), delays
