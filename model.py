@@ -287,7 +287,7 @@ class HeadLoss(torch.autograd.Function):
                 grad_table[:vocab_size] += grad.T @ xi
         ctx.save_for_backward(grad_x, grad_table)
         ctx.mark_non_differentiable(losses)
-        return losses @ weights, losses
+        return (losses * weights).sum(), losses  # a product would be rounded to bfloat16 under autocast
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -126,7 +126,7 @@ def nanogpt(config: TrainSpeedOptions, dataset: Dataset, device: torch.device, c
     whole = model
     if compiled:
         model = torch.compile(model)
-    dtype = runtime.pick_dtype("auto", device)
+    dtype = runtime.pick_dtype("auto", device) if device.type == "cuda" else torch.float32  # as its train.py chooses
     data = dataset.shards("train")[0]
 
     def fetch() -> tuple[torch.Tensor, torch.Tensor]:

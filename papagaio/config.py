@@ -77,7 +77,9 @@ class RunOptions(Options):
     sample_tokens: int = option(48, "longest text shown at each evaluation, in tokens (0: off)", ge=0)
     checkpoint_interval: int = option(1000, "steps between checkpoints; also at the end (0: only there)", ge=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of matrix products; auto: bfloat16 where the GPU has it")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of matrix products; auto: bfloat16 where the hardware computes it"
+    )
     compile: bool = option(False, "compile the model with torch.compile (worth it from minutes of training on)")
     resume: bool = option(False, "continue the run in out_dir from its last checkpoint")
     overwrite: bool = option(False, "replace the run in out_dir")
@@ -111,7 +113,9 @@ class SamplingOptions(Options):
     stop: tuple[str, ...] = option((), "texts before which the completion ends")
     seed: int = option(1337, "of the draw: the same seed gives the same text", ge=0, lt=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of matrix products; auto: bfloat16 where the GPU has it")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of matrix products; auto: bfloat16 where the hardware computes it"
+    )
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from papagaio.config import RunOptions
+from papagaio.runtime import computes_bfloat16
 
 # Newton-Schulz coefficients that grow small singular values fastest (Keller Jordan, https://kellerjordan.github.io/posts/muon/)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -14,16 +15,16 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Bring the singular values of matrices (N, rows, columns) near 1, keeping the singular vectors: U S V' -> about U V'.
 
-    A few matrix products, for all N at once; in bfloat16 on CUDA, where that loses nothing and saves time.
+    A few matrix products, for all N at once; in bfloat16 where the hardware computes it, which loses nothing and saves time.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if computes_bfloat16(matrices.device.type) else matrices.float()
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram gram) x
     return (x if wide else x.mT).to(matrices.dtype)
 
 

@@ -1,6 +1,7 @@
 """The machine: device, precision, seeds, and what the chip could do at best."""
 
 import contextlib
+import functools
 import signal
 from types import FrameType
 from typing import Self
@@ -46,12 +47,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@functools.cache
+def computes_bfloat16(device_type: str) -> bool:
+    """True where the hardware multiplies bfloat16 matrices itself: most GPUs, and CPUs with AVX512-BF16 or AMX."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Type of the matrix products. auto: bfloat16 where the GPU computes it in hardware, else float32."""
+    """Type of the matrix products. auto: bfloat16 where the hardware computes it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if computes_bfloat16(device.type) else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -220,6 +220,16 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone() -> None:
         assert torch.allclose(packed, alone.grad, atol=1e-3, rtol=1e-4)
 
 
+def test_the_loss_is_not_rounded_under_autocast() -> None:
+    gpt = random_model()
+    ids = random_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = gpt(ids[:, :-1], ids[:, 1:])
+        losses = gpt.losses(ids[:, :-1], ids[:, 1:])
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-6)
+
+
 def test_positions_count_from_the_beginning_of_a_document() -> None:
     assert positions(torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3]])).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
 
