@@ -85,11 +85,17 @@ from papagaio.tokenizer import Tokenizer
 def main(config: TrainOptions) -> None:
     dataset = Dataset(config.data)
     tokenizer = dataset.tokenizer
-    mask = {"document_mask": config.document_mask}
+    loader = WindowLoader(
+        dataset,
+        "train",
+        config.block_size,
+        config.batch_size,
+        config.seed,
+        document_mask=config.document_mask,
+        start_at_documents=config.start_at_documents,
+    )
     size = config.micro_batch_size or config.batch_size
-    validation = ValidationWindows(dataset, config.block_size, size, config.eval_tokens, **mask)
-    mask |= {"start_at_documents": config.start_at_documents}
-    loader = WindowLoader(dataset, "train", config.block_size, config.batch_size, config.seed, **mask)
+    validation = ValidationWindows(dataset, config.block_size, size, config.eval_tokens, document_mask=config.document_mask)
     device = runtime.pick_device(config.device)
     torch.manual_seed(config.seed)
     shape = config.model_dump(include={"n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout"})

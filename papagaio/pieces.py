@@ -60,10 +60,10 @@ def combined(leaves_: list[int]) -> int:
 
 def span_digest(span: Span) -> int:
     """The hash of a leaf that is a part of a file."""
-    digest = hashlib.blake2b(digest_size=8)
+    digest = Digest()
     for block in blocks_of(span.path, span.start, span.stop):
         digest.update(block)
-    return int.from_bytes(digest.digest(), "big")
+    return digest.value()
 
 
 # Making pieces

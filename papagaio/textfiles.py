@@ -138,8 +138,8 @@ def trimmed(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
 
 def record_boundary(path: str, position: int, between: str) -> int:
     """Where the first record begins that follows a separator after `position`."""
-    size = os.path.getsize(path)
-    question = path, between, size, os.stat(path).st_mtime_ns
+    status = os.stat(path)
+    size, question = status.st_size, (path, between, status.st_size, status.st_mtime_ns)
     if position <= 0 or position >= size:
         return max(0, min(position, size))
     known = _found.get(question)
