@@ -22,7 +22,7 @@ from papagaio.config import RunOptions, UserError, option, parse, run
 # with, which goes on. Found on the demo's development questions (LOG.md).
 RECIPES: dict[str, dict[str, Any]] = {
     "muon": {"learning_rate": 0.0025, "embedding_learning_rate": 0.1, "head_learning_rate": 0.005, "decay_fraction": 1.0},
-    "adamw": {"learning_rate": 1e-4, "warmup_steps": 20, "beta1": 0.9, "decay_fraction": 1.0},
+    "adamw": {"learning_rate": 1e-4, "warmup_steps": 20, "beta1": 0.9, "decay_fraction": 1.0, "grad_clip": 1.0},
 }
 
 
@@ -57,11 +57,12 @@ from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
 from papagaio.dialogue import Conversation, Tokens, read_conversations, render
+from papagaio.dryrun import dry_run
 from papagaio.evaluation import answer_questions, exact_match_line, exact_match_table
 from papagaio.loader import Batch, WindowLoader, permute
 from papagaio.shards import Dataset, share
 from papagaio.tokenizer import Tokenizer
-from train import dry_run, fit
+from train import fit
 
 
 def main(config: FinetuneOptions) -> None:
@@ -99,11 +100,11 @@ def main(config: FinetuneOptions) -> None:
 
     device = runtime.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
+    if config.dry_run:
+        dry_run(lambda: GPT(model.config), loader, config, device)
+        return
     checkpoint.load_model(model)
     model.to(device)
-    if config.dry_run:
-        dry_run(model, loader, config, len(training))
-        return
 
     def preview() -> str:
         """The model's answer to the first held-out question."""
@@ -136,6 +137,10 @@ class ConversationLoader:
         if self.replay is not None:
             parts += [b._replace(weights=b.weights * self.config.replay) for b in self.replay(step)]
         return parts
+
+    def epochs(self, step: int) -> float:
+        """Passes over the conversations after `step` steps."""
+        return step * self.config.batch_size / len(self.training)
 
 
 def fitting(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> list[Tokens]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ class GPTConfig:
     logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap) (arXiv:2408.00118); 0: off
     dropout: float = 0.0
     window_pattern: str = "L"  # repeated over the layers: L sees the whole context, S the last window_size tokens
-    window_size: int = 256  # tokens
+    window_size: int = 0  # tokens; 0: a quarter of block_size
+    attention_scale: float = 1.0  # on queries and keys after their normalisation: above 1 attention can be sharper
+    smear: bool = False  # each token's embedding takes in some of the one before it (modded-nanogpt, nanochat)
+    bigram_rows: int = 0  # rows of the table of bigram embeddings, found by a hash of two ids (DeepSeek's Engram); 0: none
+    value_embed_interval: int = 0  # every n-th block from the last adds an embedding of the token to its values; 0: none
     zero_init: bool = True  # output projections start at zero, so that every block starts as the identity (arXiv:2203.03466)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window_size"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         choices = {
@@ -72,6 +77,7 @@ class GPTConfig:
                 f"sinusoidal positions need an even n_embd, not {self.n_embd}",
             ),
             (self.mlp_hidden is None or self.mlp_hidden > 0, f"mlp_hidden must be positive, not {self.mlp_hidden}"),
+            (self.window_size >= 0, f"window_size must be positive, or 0 for a quarter of block_size, not {self.window_size}"),
             (0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}"),
             (self.logit_softcap >= 0, f"logit_softcap must be positive, or 0 for none, not {self.logit_softcap}"),
             (
@@ -119,7 +125,18 @@ PRESETS: dict[str, dict] = {
         "logit_softcap": 0.0,
         "zero_init": False,
     },
+    # modern, and what pays beyond it for models of this size (LOG.md, 2026-11-23); has no counterpart in Hugging Face.
+    "frontier": {
+        "attention_scale": 1.2,
+        "smear": True,
+        "bigram_rows": 16384,
+        "value_embed_interval": 2,
+        "window_pattern": "SL",
+    },
 }
+
+
+GATE_CHANNELS = 12  # of a token's C, those that a gate looks at
 
 
 class Norm(nn.Module):
@@ -136,23 +153,59 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "layernorm":
             return F.layer_norm(x, self.shape, self.weight, self.bias, eps=1e-5)
-        return F.rms_norm(x, self.shape, self.weight, eps=1e-6)
+        return rms_norm(x) if self.weight is None else F.rms_norm(x, self.shape, self.weight, eps=1e-6)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x (..., D) divided by the root of its mean square over the last dimension."""
+    return RMSNorm.apply(x) if x.is_cpu else F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class RMSNorm(torch.autograd.Function):
+    """On a CPU F.rms_norm is a chain of small operations, and so is its gradient: this one takes a quarter of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(1e-6).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale)
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x) ** 2 with a gradient of two operations, 2 relu(x); autograd's own takes four times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return (grad * y).mul_(2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: turn each pair (i, i + D/2) of x (B, H, T, D) by an angle that grows with its position.
+    """Rotary positions: turn each pair (a, b) = (x[i], x[i + D/2]) of x (B, T, H, D) by an angle that grows with its position.
 
-    cos, sin (T, D/2). The angle between a query and a key then tells their distance, wherever they stand.
+    cos and sin (T, 1, D) hold (cos, cos) and (sin, -sin), so that the result is (a cos + b sin, b cos - a sin). The angle
+    between a query and a key then tells their distance, wherever they stand.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention: every token gathers values from the tokens up to itself, weighted by how well its
-    query matches their keys."""
+    query matches their keys. `value_embed` (B, T, K D), where there is one, is added to the values, a gate for each head."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, value_embed: bool = False) -> None:
         super().__init__()
         self.config = config
         kv_size = config.kv_heads * config.head_size
@@ -160,20 +213,33 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.n_embd, kv_size, bias=config.bias)
         self.v = nn.Linear(config.n_embd, kv_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if value_embed:
+            self.value_gate = nn.Parameter(torch.empty(config.kv_heads, GATE_CHANNELS))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, value_embed: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
-        c = self.config
-        q = self.q(x).view(B, T, c.n_head, c.head_size).transpose(1, 2)  # (B, H, T, D)
-        k = self.k(x).view(B, T, c.kv_heads, c.head_size).transpose(1, 2)  # (B, K, T, D)
-        v = self.v(x).view(B, T, c.kv_heads, c.head_size).transpose(1, 2)  # (B, K, T, D)
+        c, H, K = self.config, self.config.n_head, self.config.kv_heads
+        qkv = linear(x, self.q, self.k, self.v).view(B, T, H + 2 * K, c.head_size)  # one product instead of three
+        qk, v = qkv.split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
+        if value_embed is not None:
+            gate = 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], self.value_gate))  # (B, T, K), 1 where x says nothing
+            v = v + gate[..., None] * value_embed.view(B, T, K, c.head_size).to(v.dtype)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)
         if c.qk_norm:
-            q, k = (F.rms_norm(h, (c.head_size,), eps=1e-6) for h in (q, k))
+            qk = rms_norm(qk)
+        if c.attention_scale != 1:
+            qk = qk * c.attention_scale
+        q, k = qk.split((H, K), dim=2)  # (B, T, H, D), (B, T, K, D)
         dropout = c.dropout if self.training else 0.0
-        y = attend(q, k, v, mask, dropout)  # (B, H, T, D)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs of several linear layers for the same x (..., C), side by side."""
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor:
@@ -181,8 +247,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor
     grouped = k.size(1) != q.size(1)
     if mask is not None and not isinstance(mask, Tensor):
         return compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+    if q.is_cpu and q.dtype == torch.bfloat16 and q.size(2) <= 512 and not grouped:
+        return plain_attention(q, k, v, mask, dropout)
     options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "enable_gqa": grouped}
     return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The formula itself: softmax(q k' / sqrt(D)) v. All T x T probabilities stand in memory, but in bfloat16 on a CPU the
+    gradient of torch's fused attention takes 2 to 10 times as long up to T = 512 (LOG.md, 2026-11-23)."""
+    B, H, T, D = q.shape
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    if bias.ndim == 4:
+        bias = bias.expand(B, H, T, T).reshape(B * H, T, T)
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    probabilities = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).softmax(-1)  # (B H, T, T)
+    return (F.dropout(probabilities, dropout) @ v).view(B, H, T, D)
 
 
 @functools.cache
@@ -227,20 +309,20 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             return self.proj(F.silu(self.gate(x)) * self.fc(x))
         h = self.fc(x)  # (B, T, 4C)
-        return self.proj(F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h).square())
+        return self.proj(F.gelu(h, approximate="tanh") if self.kind == "gelu" else SquaredReLU.apply(h))
 
 
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream (pre-norm)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, value_embed: bool = False) -> None:
         super().__init__()
-        self.norm_1, self.attn = Norm(config), Attention(config)
+        self.norm_1, self.attn = Norm(config), Attention(config, value_embed)
         self.norm_2, self.mlp = Norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, value_embed: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask, value_embed))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
@@ -263,6 +345,8 @@ class HeadLoss(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         head = table[:vocab_size].to(dtype)  # (V, C)
+        largest = weights.max().clamp_min(1e-30)  # comes in at the end: a gradient of 1 / (B T) is too small for float16
+        weights = weights / largest
         losses = torch.empty(len(x), device=x.device)
         needs_grad = any(ctx.needs_input_grad)
         grad_x = torch.empty_like(x) if needs_grad else None
@@ -285,13 +369,14 @@ class HeadLoss(torch.autograd.Function):
                 grad = grad.to(dtype)
                 grad_x[part] = grad @ head
                 grad_table[:vocab_size] += grad.T @ xi
-        ctx.save_for_backward(grad_x, grad_table)
+        ctx.save_for_backward(grad_x, grad_table, largest)
         ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses  # a product would be rounded to bfloat16 under autocast
+        return (losses * weights).sum() * largest, losses  # a product would be rounded to bfloat16 under autocast
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_table = ctx.saved_tensors
+        grad_x, grad_table, largest = ctx.saved_tensors
+        factor = factor * largest
         return grad_x * factor, grad_table * factor, None, None, None, None
 
 
@@ -315,22 +400,36 @@ class GPT(nn.Module):
         self.embed_norm = Norm(config) if config.embed_norm else None
         self.dropout = nn.Dropout(config.dropout)
         pattern = config.window_pattern
-        self.windows = [config.window_size if pattern[i % len(pattern)] == "S" else None for i in range(config.n_layer)]
-        self.blocks = nn.ModuleList(Block(config) for _ in self.windows)
+        window = config.window_size or max(1, config.block_size // 4)
+        self.windows = [window if pattern[i % len(pattern)] == "S" else None for i in range(config.n_layer)]
+        n = config.value_embed_interval
+        valued = [bool(n) and (config.n_layer - 1 - i) % n == 0 for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, value_embed) for value_embed in valued)
+        kv_size = config.kv_heads * config.head_size
+        tables = {str(i): nn.Embedding(config.padded_vocab_size, kv_size) for i in range(config.n_layer) if valued[i]}
+        self.value_embeds = nn.ModuleDict(tables)
+        self.bigram_embed = nn.Embedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
+        self.smear_gate = nn.Parameter(torch.empty(1, GATE_CHANNELS)) if config.smear else None
+        self.smear_scale = nn.Parameter(torch.empty(1)) if config.smear else None
+        self.recompute = False  # keep only what enters a block; its inside is computed again for the gradient
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # Tables of angles, position x frequency; not parameters, so not saved.
         size = {"rope": config.head_size, "sinusoidal": config.n_embd, "learned": 0}[config.position]
         frequencies = config.rope_theta ** -(torch.arange(0, size, 2) / max(size, 1))
         angles = torch.outer(torch.arange(config.block_size), frequencies)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        if config.position == "rope":  # as `rotate` wants them
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initial weights. With zero_init: embedding N(0, 1), hidden matrices N(0, 1/fan_in), output projections 0, head
-        N(0, 0.001). Without: GPT-2's N(0, 0.02), output projections divided by sqrt(2 n_layer)."""
+        N(0, 0.001). Without: GPT-2's N(0, 0.02), output projections divided by sqrt(2 n_layer). What frontier adds starts
+        without effect, or near it."""
         zero_init = self.config.zero_init
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
@@ -344,6 +443,15 @@ class GPT(nn.Module):
                 module.weight.normal_(std=std) if std else module.weight.zero_()
                 if module.bias is not None:
                     module.bias.zero_()
+        for table in self.value_embeds.values():
+            table.weight.normal_(std=self.config.n_embd**-0.5)
+        if self.bigram_embed is not None:
+            self.bigram_embed.weight.zero_()
+        if self.smear_scale is not None:
+            self.smear_scale.zero_()
+        for name, parameter in self.named_parameters():
+            if name.endswith("_gate"):
+                parameter.uniform_(0, 0.02)
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, doc_ids: Tensor | None = None
@@ -380,7 +488,8 @@ class GPT(nn.Module):
         x = self.embed(ids)  # (B, T, C)
         rope = None
         if c.position == "rope":  # tells distances alone, which are the same wherever a document begins
-            rope = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            rope = self.cos[:T, None].to(dtype), self.sin[:T, None].to(dtype)  # (T, 1, D)
         else:
             places = slice(0, T) if doc_ids is None else positions(doc_ids)
             if self.pos_embed is not None:
@@ -392,9 +501,31 @@ class GPT(nn.Module):
         x = self.dropout(x)
         flex = x.is_cuda and doc_ids is not None and not (c.dropout and self.training)  # it has no dropout
         masks = {window: attention_mask(T, window, doc_ids, x.device, flex) for window in set(self.windows)}
-        for block, window in zip(self.blocks, self.windows, strict=True):
-            x = block(x, rope, masks[window])
+        x = self.mix_in_previous(x, ids, doc_ids)
+        for i, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
+            value_embed = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None  # (B, T, K D)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, rope, masks[window], value_embed, use_reentrant=False)
+            else:
+                x = block(x, rope, masks[window], value_embed)
         return self.norm(x)
+
+    def mix_in_previous(self, x: Tensor, ids: Tensor, doc_ids: Tensor | None) -> Tensor:
+        """The embeddings x (B, T, C), each with what the token before it adds: what no attention needs to find out."""
+        c = self.config
+        if self.bigram_embed is None and self.smear_gate is None:
+            return x
+        before = F.pad(ids[:, :-1], (1, 0), value=c.vocab_size)  # vocab_size stands for "none"
+        if doc_ids is not None:
+            before[:, 1:].masked_fill_(doc_ids[:, 1:] != doc_ids[:, :-1], c.vocab_size)
+        if self.smear_gate is not None:
+            amount = self.smear_scale * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], self.smear_gate))  # (B, T, 1)
+            amount = amount.masked_fill((before == c.vocab_size)[..., None], 0)
+            x = x + amount * F.pad(x[:, :-1], (0, 0, 1, 0))
+        if self.bigram_embed is not None:  # all pairs have rows of their own where there are enough; else they share some
+            stride = c.vocab_size if c.vocab_size * (c.vocab_size + 1) <= c.bigram_rows else 0x9E3779B1
+            x = x + self.bigram_embed((before * stride + ids) % c.bigram_rows)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Head: hidden states (..., C) -> logits (..., V), the padded ids cut off."""

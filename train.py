@@ -10,18 +10,20 @@ import math
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from papagaio.config import MachineError, RunOptions, SamplingOptions, UserError, option, parse, run
 
 # What a preset means for training, where the user says nothing else; what it means for the model stands in model.py.
 RECIPES: dict[str, dict[str, Any]] = {
     "modern": {},  # RunOptions' defaults
+    "frontier": {},
     "gpt2": {
         "optimizer": "adamw",
         "learning_rate": 6e-4,
@@ -30,15 +32,28 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_steps": 100,
         "weight_decay": 0.1,
         "beta1": 0.9,
+        "grad_clip": 1.0,
     },
 }
+
+
+BUDGET = r"^\d+(\.\d+)?[smh]$"
 
 
 class TrainOptions(RunOptions):
     """Options of train.py."""
 
     data: Path = option(..., "dataset directory, made by data/prepare.py")
-    preset: Literal["modern", "gpt2"] = option("modern", "architecture and, unless given, the training recipe")
+    depth: int | None = option(
+        None,
+        "one dial: so many blocks, and whatever else is not given chosen to fit them, the corpus and the device",
+        ge=1,
+        le=64,
+    )
+    budget: str | None = option(
+        None, "one dial: training time such as 90s, 10m or 2h; the model and the rest are chosen to use it", pattern=BUDGET
+    )
+    preset: Literal["modern", "gpt2", "frontier"] = option("modern", "architecture and, unless given, the training recipe")
     n_layer: int = option(6, "blocks", ge=1)
     n_head: int = option(6, "attention heads", ge=1)
     n_kv_head: int | None = option(None, "key-value heads, fewer than n_head for grouped-query attention", ge=1)
@@ -55,6 +70,10 @@ class TrainOptions(RunOptions):
 
     @model_validator(mode="after")
     def _shape(self) -> "TrainOptions":  # as GPTConfig does, but before torch is imported
+        if self.depth and self.budget:
+            raise ValueError("depth and budget exclude each other")
+        if self.depth or self.budget:  # what they choose is checked with what is given
+            return self
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.n_kv_head and self.n_head % self.n_kv_head:
@@ -67,14 +86,15 @@ if __name__ == "__main__":  # a wrong option is refused before torch is imported
 
 import tomli_w
 import torch
-from torch import Tensor
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint, point_to, prune, save_checkpoint
+from papagaio.dial import by_budget, by_depth
+from papagaio.dryrun import dry_run, seconds_per_step
 from papagaio.evaluation import evaluate_loss
 from papagaio.generate import generate
-from papagaio.loader import Ahead, Batch, ValidationWindows, WindowLoader, mix
+from papagaio.loader import Ahead, Batch, Loader, ValidationWindows, WindowLoader, mix
 from papagaio.metrics import RunLog
 from papagaio.optim import make_optimizers, schedule, set_learning_rate
 from papagaio.plots import plot_losses
@@ -85,29 +105,20 @@ from papagaio.tokenizer import Tokenizer
 def main(config: TrainOptions) -> None:
     dataset = Dataset(config.data)
     tokenizer = dataset.tokenizer
-    loader = WindowLoader(
-        dataset,
-        "train",
-        config.block_size,
-        config.batch_size,
-        config.seed,
-        document_mask=config.document_mask,
-        start_at_documents=config.start_at_documents,
-    )
-    size = config.micro_batch_size or config.batch_size
-    validation = ValidationWindows(dataset, config.block_size, size, config.eval_tokens, document_mask=config.document_mask)
     device = runtime.pick_device(config.device)
+    if config.depth or config.budget:
+        config = turn_the_dial(config, dataset, device)
+    loader = training_windows(dataset, config)
+    # A forward pass alone takes a third of the memory of one with its gradient, and larger ones are faster.
+    size = max(2 * (config.micro_batch_size or config.batch_size), 4096 // config.block_size)
+    validation = ValidationWindows(dataset, config.block_size, size, config.eval_tokens, document_mask=config.document_mask)
     torch.manual_seed(config.seed)
-    shape = config.model_dump(include={"n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout"})
-    try:
-        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape, **PRESETS[config.preset])).to(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    if config.dry_run:
+        dry_run(lambda: make_model(config, tokenizer), loader, config, device)
+        return
+    model = make_model(config, tokenizer).to(device)
     print(f"preset {config.preset}, {model.num_parameters():,} parameters, on {device}", file=sys.stderr)
     print(f"{config.max_steps:,} steps are {loader.epochs(config.max_steps):.2f} epochs of the training split", file=sys.stderr)
-    if config.dry_run:
-        dry_run(model, loader, config, loader.n_windows)
-        return
 
     def preview() -> str:
         """What the model writes on its own, at temperature 0.8."""
@@ -119,9 +130,56 @@ def main(config: TrainOptions) -> None:
     fit(model, loader, validation, preview, tokenizer, config, stage="pretrain")
 
 
+def make_model(config: TrainOptions, tokenizer: Tokenizer) -> GPT:
+    """The model that the options ask for, with its initial weights."""
+    shape = config.model_dump(include={"n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout"})
+    try:
+        return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape, **PRESETS[config.preset]))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def training_windows(dataset: Dataset, config: TrainOptions) -> WindowLoader:
+    masks = {"document_mask": config.document_mask, "start_at_documents": config.start_at_documents}
+    return WindowLoader(dataset, "train", config.block_size, config.batch_size, config.seed, **masks)
+
+
+def turn_the_dial(config: TrainOptions, dataset: Dataset, device: torch.device) -> TrainOptions:
+    """The options with what --depth or --budget leaves open filled in, which is printed with the reasons (papagaio/dial.py).
+
+    A run that is resumed keeps what was chosen when it began. Raises UserError where the choices do not fit together.
+    """
+    given = config.model_dump(include=config.model_fields_set)
+    saved = config.out_dir / "config.toml"
+    if config.resume and saved.exists():
+        chosen = tomllib.loads(saved.read_text(encoding="utf-8"))
+        keys = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch_size", "max_steps")
+        keys += ("eval_interval", "eval_tokens")
+        return TrainOptions(**{key: chosen[key] for key in keys if key in chosen} | given)
+
+    def tokens_per_second(values: dict[str, Any]) -> float:
+        trial = TrainOptions(**given | values | {"max_steps": 1})
+        seconds = seconds_per_step(make_model(trial, dataset.tokenizer).to(device), training_windows(dataset, trial), trial)
+        return trial.batch_size * trial.block_size / seconds
+
+    facts = dataset.splits["train"]["tokens"], dataset.tokenizer.vocab_size, device.type == "cuda"
+    try:
+        if config.depth:
+            choice = by_depth(config.depth, *facts, given)
+        else:
+            seconds = float(config.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[config.budget[-1]]
+            choice = by_budget(seconds, *facts, given, tokens_per_second)
+        config = TrainOptions(**choice.values | given)
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    for line in choice.reasons:
+        print(f"chosen: {line}", file=sys.stderr)
+    return config
+
+
 def fit(
     model: GPT,
-    loader: Callable[[int], list[Batch]],
+    loader: Loader,
     validation: Iterable[Batch],
     preview: Callable[[], str],
     tokenizer: Tokenizer,
@@ -130,18 +188,24 @@ def fit(
 ) -> None:
     """Train `model` in place for config.max_steps. Pretraining and fine-tuning are this loop.
 
-    `loader(step)` gives the batches of an optimizer step, whose weights sum to 1; the loss is measured on `validation`;
+    `loader(step)` gives the batches of an optimizer step, whose weights sum to 1, `loader.epochs(step)` the passes over the
+    data until then; the loss is measured on `validation`;
     `preview()` is shown at each evaluation; `stage` is noted in the checkpoints. Writes config.toml, metrics.jsonl, loss.png
     and checkpoints/ in config.out_dir. On SIGINT and SIGTERM it saves and ends the process with 128 + the signal.
     """
     device = next(model.parameters()).device
     dtype = runtime.pick_dtype(config.dtype, device)
     peak = runtime.peak_flops(device)
+    runtime.keep_memory()
     optimizers = make_optimizers(model, config)
     state = open_run(model, optimizers, tokenizer, config, stage)
     loss_sum = torch.tensor(state["loss_sum"], device=device)  # of the steps since the last line in metrics.jsonl
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 has no numbers for small gradients
+    if scaler.is_enabled() and state["loss_scale"]:
+        scaler.load_state_dict(state["loss_scale"])
+    model.recompute = config.activation_checkpointing
     if config.compile:
-        model.compile()  # in place, so that parameter names stay as they are
+        runtime.compile_in_place(model, device)
     model.train()
 
     with runtime.StopSignal() as stop, RunLog(config, state["step"]) as log, Ahead(loader, device) as batches:
@@ -152,17 +216,21 @@ def fit(
             if (step % config.eval_interval == 0 or last) and state["evaluated"] != step and not stop.received:
                 paused = time.perf_counter()
                 found = evaluate_loss(model, validation, tokenizer, dtype)
-                log.log(step, state["tokens"], **found)
+                log.log(step, state["tokens"], epoch=loader.epochs(step), **found)
                 improved = state["best_val_loss"] is None or found["val_loss"] < state["best_val_loss"]
-                best = found["val_loss"] if improved else state["best_val_loss"]
-                state |= {"evaluated": step, "best_val_loss": best}
+                state["evaluated"] = step
+                if improved:
+                    state |= {"best_val_loss": found["val_loss"], "best_step": step, "best_train_loss": state["train_loss"]}
+                elif not state["warned"] and overfits(found["val_loss"], state):
+                    log.say(overfitting_notice(found["val_loss"], state, loader.epochs(step)))
+                    state["warned"] = True
                 if config.sample_tokens:
                     log.say("  | " + preview().replace("\n", "\n  | "))
                 clock += time.perf_counter() - paused
 
             checkpoint_due = config.checkpoint_interval and step and step % config.checkpoint_interval == 0
             if checkpoint_due or (improved and step) or last or stop.received:
-                state["loss_sum"] = float(loss_sum)
+                state |= {"loss_sum": float(loss_sum), "loss_scale": scaler.state_dict() or None}
                 path = save_checkpoint(config.out_dir / "checkpoints", model, asdict(model.config), optimizers, state, tokenizer)
                 point_to(path, "last")
                 if improved:
@@ -181,29 +249,54 @@ def fit(
                 for micro in batch.split(config.micro_batch_size or config.batch_size):
                     with runtime.autocast(device, dtype):
                         loss = model(*micro.to(device))
-                    loss.backward()
+                    scaler.scale(loss).backward()
                     loss_sum += loss.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                scaler.unscale_(optimizer)
+            log_due = (step + 1) % config.log_interval == 0 or step + 1 == config.max_steps
+            if config.grad_clip or log_due or scaler.is_enabled():
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            if not scaler.is_enabled() or grad_norm.isfinite():  # else the scale was too large: this step is left out
+                for optimizer in optimizers:
+                    optimizer.step()
+            scaler.update()
+            model.zero_grad(set_to_none=True)
             state["step"] += 1
             log.advance()
 
-            if state["step"] % config.log_interval == 0 or state["step"] == config.max_steps:
+            if log_due:
                 train_loss = float(loss_sum) / (state["step"] - state["logged"])
                 if not math.isfinite(train_loss):
                     raise MachineError(f"the loss is {train_loss} at step {state['step']}: lower learning_rate")
                 speed = clock_tokens / (time.perf_counter() - clock)
                 mfu = {"mfu": speed * model.flops_per_token() / peak} if peak else {}
                 measured = {"learning_rate": factor * config.learning_rate, "grad_norm": float(grad_norm)}
+                measured["epoch"] = loader.epochs(state["step"])
                 log.log(state["step"], state["tokens"], train_loss=train_loss, **measured, tokens_per_second=speed, **mfu)
                 loss_sum.zero_()
+                state["train_loss"] = train_loss
                 state["logged"], clock, clock_tokens = state["step"], time.perf_counter(), 0
 
     if stop.received:
         print(f"stopped by a signal; saved at step {state['step']}, --resume continues", file=sys.stderr)
         sys.exit(128 + stop.received)
+
+
+def overfits(val_loss: float, state: dict[str, Any]) -> bool:
+    """Whether the validation loss has risen since its best, by more than its own wavering, and the training loss fallen."""
+    if state["best_train_loss"] is None:
+        return False
+    return val_loss > 1.01 * state["best_val_loss"] and state["train_loss"] < state["best_train_loss"]
+
+
+def overfitting_notice(val_loss: float, state: dict[str, Any], epochs: float) -> str:
+    return (
+        f"warning: overfitting. Since step {state['best_step']:,} the validation loss has risen from "
+        f"{state['best_val_loss']:.4f} to {val_loss:.4f} and the training loss fallen from {state['best_train_loss']:.4f} to "
+        f"{state['train_loss']:.4f}: after {epochs:.1f} epochs the model learns this text by heart. checkpoints/best keeps step "
+        f"{state['best_step']:,}. What helps: fewer --max_steps, --dropout=0.2, --weight_decay=0.3, a smaller model "
+        "(--n_layer, --n_embd), or more text."
+    )
 
 
 def open_run(
@@ -217,7 +310,8 @@ def open_run(
     ours = [config.out_dir / name for name in ("config.toml", "metrics.jsonl", "loss.png", "checkpoints")]
     state = {"step": 0, "tokens": 0, "stage": stage, "optimizer": config.optimizer}
     state |= {"seed": config.seed, "batch_size": config.batch_size}
-    progress = {"logged": 0, "loss_sum": 0.0, "evaluated": None, "best_val_loss": None}
+    progress = {"logged": 0, "loss_sum": 0.0, "loss_scale": None, "train_loss": None, "evaluated": None, "warned": False}
+    progress |= {"best_val_loss": None, "best_step": 0, "best_train_loss": None}
     if config.resume and (config.out_dir / "checkpoints" / "last").exists():
         checkpoint = open_checkpoint(config.out_dir)
         fixed = ("stage", "optimizer", "seed", "batch_size")
@@ -242,49 +336,6 @@ def open_run(
     options = config.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"}, exclude_none=True)
     (config.out_dir / "config.toml").write_text(tomli_w.dumps(options), encoding="utf-8")
     return state | progress
-
-
-def dry_run(model: GPT, loader: Callable[[int], list[Batch]], config: RunOptions, n_sequences: int) -> None:
-    """Print what a run would cost, after three steps of it that are thrown away; an epoch has n_sequences."""
-    device = next(model.parameters()).device
-    dtype = runtime.pick_dtype(config.dtype, device)
-    optimizers = make_optimizers(model, config)
-    saved: dict[int, int] = {}  # bytes of each tensor that the backward pass will need
-
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    seconds, activations, tokens = [], 0, 0
-    for step in range(3):
-        start = time.perf_counter()
-        for micro in (micro for batch in loader(step) for micro in batch.split(config.micro_batch_size or config.batch_size)):
-            inputs = micro.to(device)
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
-                loss = model(*inputs)
-            activations = max(activations, sum(saved.values()))
-            loss.backward()
-            saved.clear()
-            tokens += inputs.ids.numel() / 3
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        runtime.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-
-    weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    states = [t for optimizer in optimizers for tensors in optimizer.state.values() for t in tensors.values()]
-    optimizer_bytes = sum(t.numel() * t.element_size() for t in states)
-    activations = max(0, activations - weights_bytes)  # the weights themselves are among what backward needs
-    parts = {"weights": weights_bytes, "gradients": weights_bytes, "optimizer": optimizer_bytes, "activations": activations}
-    total = config.max_steps * tokens
-    print(f"parameters: {model.num_parameters():,}")
-    listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
-    print(f"memory: about {sum(parts.values()) / 2**20:,.0f} MiB: {listed}")
-    print(f"FLOPs: {model.flops_per_token():.3g} a token, {model.flops_per_token() * total:.3g} in all")
-    epochs = config.max_steps * config.batch_size / n_sequences
-    print(f"epochs: {epochs:.2f} of {n_sequences:,} sequences, {total:,.0f} tokens in all")
-    print(f"time: about {min(seconds) * config.max_steps / 60:,.1f} minutes, {tokens / min(seconds):,.0f} tokens/s on {device}")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,13 @@ class RunOptions(Options):
         None, "sequences of one forward pass of one device; accumulation follows (default: batch_size)", ge=1
     )
     optimizer: Literal["muon", "adamw"] = option("muon", "muon: Muon for hidden matrices, AdamW for the rest; or adamw for all")
-    learning_rate: float = option(0.02, "peak learning rate (with muon: of the hidden matrices)", ge=0)
+    learning_rate: float = option(0.03, "peak learning rate (with muon: of the hidden matrices)", ge=0)
     min_learning_rate: float = option(0.0, "learning rate at the last step; other groups shrink in proportion", ge=0)
-    embedding_learning_rate: float = option(0.2, "muon only: peak AdamW learning rate of the token and position tables", ge=0)
-    head_learning_rate: float = option(0.01, "muon only: peak AdamW learning rate of the head, norms and biases", ge=0)
+    embedding_learning_rate: float = option(
+        0.17, "muon only: peak AdamW learning rate of the tables at 384 channels; times sqrt(384 / n_embd) at others", ge=0
+    )
+    head_learning_rate: float = option(0.0115, "muon only: the same of the head, norms and biases", ge=0)
+    muon_momentum: float = option(0.9, "muon only: decay of the mean of past gradients", ge=0, lt=1)
     schedule: Literal["cosine", "linear"] = option(
         "linear", "decay to min_learning_rate after the warm-up: cosine, or constant and then linear"
     )
@@ -69,7 +72,7 @@ class RunOptions(Options):
     weight_decay: float = option(0.0, "decoupled weight decay, on matrices only", ge=0)
     beta1: float = option(0.8, "AdamW: decay of the first moment", ge=0, lt=1)
     beta2: float = option(0.95, "AdamW: decay of the second moment", ge=0, lt=1)
-    grad_clip: float = option(1.0, "largest global norm of the gradient (0: off)", ge=0)
+    grad_clip: float = option(0.0, "largest global norm of the gradient (0: off)", ge=0)
     seed: int = option(1337, "of initial weights, order of the data, dropout and sampling", ge=0, lt=2**63)
     log_interval: int = option(10, "steps between training lines in metrics.jsonl", ge=1)
     eval_interval: int = option(250, "steps between evaluations; also before the first and after the last step", ge=1)
@@ -77,10 +80,13 @@ class RunOptions(Options):
     sample_tokens: int = option(48, "longest text shown at each evaluation, in tokens (0: off)", ge=0)
     checkpoint_interval: int = option(1000, "steps between checkpoints; also at the end (0: only there)", ge=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of matrix products; auto: bfloat16 where the hardware computes it"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "of matrix products; auto: bfloat16 where the hardware computes it, float16 on other GPUs"
     )
     compile: bool = option(False, "compile the model with torch.compile (worth it from minutes of training on)")
+    activation_checkpointing: bool = option(
+        False, "keep less for the gradient and compute it again: less memory, a third more time"
+    )
     resume: bool = option(False, "continue the run in out_dir from its last checkpoint")
     overwrite: bool = option(False, "replace the run in out_dir")
     wandb: Literal["off", "offline", "online"] = option("off", "log to Weights & Biases as well")

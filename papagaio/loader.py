@@ -8,7 +8,7 @@ does not grow with the corpus. However many ranks share a step's batch, together
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -46,6 +46,18 @@ class Batch(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(*(None if tensor is None else change(tensor) for tensor in self))
+
+
+class Loader(Protocol):
+    """What train.fit wants of its data."""
+
+    def __call__(self, step: int) -> list[Batch]:
+        """The batches of an optimizer step."""
+        ...
+
+    def epochs(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        ...
 
 
 class WindowLoader:

@@ -1,8 +1,11 @@
 """The machine: device, precision, seeds, and what the chip could do at best."""
 
 import contextlib
+import ctypes
 import functools
 import signal
+import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
@@ -56,10 +59,10 @@ def computes_bfloat16(device_type: str) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Type of the matrix products. auto: bfloat16 where the hardware computes it, else float32."""
+    """Type of the matrix products. auto: bfloat16 where the hardware computes it, float16 on older GPUs, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if computes_bfloat16(device.type) else torch.float32
+    return torch.bfloat16 if computes_bfloat16(device.type) else torch.float16 if device.type == "cuda" else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -69,6 +72,44 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     # What stays in float32 under autocast may still use the tensor cores' TF32.
     torch.set_float32_matmul_precision("high")
     return torch.autocast(device.type, dtype)
+
+
+def compile_in_place(model: torch.nn.Module, device: torch.device) -> None:
+    """Have torch compile the model at its first call; where this machine cannot, say why and leave it as it is.
+
+    In place, so that parameter names stay as they are. What torch fails at later runs uncompiled, with torch's own warning.
+    """
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))  # needs the compiler: C++ on a CPU, Triton on a GPU
+    except Exception as error:  # whatever the backend raises: a compiler that is missing, too old, or broken
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"not compiled, training goes on without: {reason}", file=sys.stderr)
+        return
+    torch._dynamo.config.suppress_errors = True
+    model.compile()
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with the process, for the next step to use.
+
+    A step frees and asks again for hundreds of MiB; glibc hands large pieces back to the system each time, whose pages then
+    have to be mapped and zeroed anew: a tenth of a training step on a CPU, half of an evaluation (LOG.md, 2026-11-23).
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        mallopt: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-3, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # mmap, trim threshold; top pad
+            mallopt(parameter, value)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def peak_flops(device: torch.device) -> float | None:

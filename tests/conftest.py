@@ -25,12 +25,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def script() -> Script:
-    """`script("sample.py", "--seed=1")` runs it and returns what it printed; its standard input is `input`, or empty."""
+    """`script("sample.py", "--seed=1")` runs it and returns what it printed; standard input is `stdin`, or empty."""
 
-    def run(*argv: object, stdin: str | bytes = "") -> subprocess.CompletedProcess:
+    def run(*argv: object, stdin: str | bytes = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
         command = [sys.executable, *map(str, argv)]
-        done = subprocess.run(command, cwd=ROOT, input=data, capture_output=True, check=False, timeout=280)
+        environment = os.environ | (env or {})
+        done = subprocess.run(command, cwd=ROOT, env=environment, input=data, capture_output=True, check=False, timeout=280)
         return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run

@@ -1,6 +1,7 @@
 """The whole path by the real scripts: prepare, train, fine-tune, sample, chat; and what they leave behind."""
 
 import json
+import random
 import re
 import signal
 import subprocess
@@ -24,7 +25,7 @@ def test_pretraining_learns_and_reports(world: Path) -> None:
     lines = read_metrics(world / "base" / "metrics.jsonl")
     evaluations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 100, 200]
-    assert evaluations[0]["val_loss"] > 5 > 1.5 > evaluations[-1]["val_loss"]
+    assert evaluations[0]["val_loss"] > 5 > 1.7 > evaluations[-1]["val_loss"]
     assert all(line["val_bpb"] > 0 for line in evaluations)
     training = [line for line in lines if "train_loss" in line]
     assert [line["step"] for line in training] == list(range(20, 201, 20))
@@ -92,12 +93,12 @@ def test_sample_prints_prompt_and_completion_alone(world: Path, script: Script) 
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout in {f"The flag of {NAMES[0]} is {colour}\n" for colour in ("red", "blue", "green", "gold")}
-    several = script(*command, "--num_samples=3", "--temperature=1.5")
+    several = script(*command, "--num_samples=3", "--temperature=2")
     samples = several.stdout.removesuffix("\n").split("\n" + "-" * 20 + "\n")
     assert len(samples) == 3
     assert all(sample.startswith(f"The flag of {NAMES[0]} is") for sample in samples)
     assert len(set(samples)) > 1
-    assert script(*command, "--num_samples=3", "--temperature=1.5").stdout == several.stdout
+    assert script(*command, "--num_samples=3", "--temperature=2").stdout == several.stdout
     piped = script(*command[:3], "--prompt", "-", "--max_new_tokens=12", "--temperature=0", "--stop=.", stdin=command[4])
     assert piped.stdout == done.stdout
     assert script(*command[:3], "--max_new_tokens=5", "--top_k=0").returncode == 0  # no prompt, no filter
@@ -129,7 +130,15 @@ def timeless(run: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("options", [["--dropout=0.1", "--micro_batch_size=2"], ["--preset=gpt2"]], ids=["modern", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dropout=0.1", "--micro_batch_size=2"],
+        ["--preset=gpt2"],
+        ["--preset=frontier", "--dtype=float16", "--dropout=0.1", "--activation_checkpointing"],
+    ],
+    ids=["modern", "gpt2", "frontier"],
+)
 def test_resume_ends_where_an_uninterrupted_run_does(world: Path, tmp_path: Path, script: Script, options: list[str]) -> None:
     command = ["train.py", "--data", world / "data", *SMALL, *options, "--max_steps=24", "--eval_interval=8", "--log_interval=4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -252,3 +261,45 @@ def test_compiling_leaves_names_as_they_are(world: Path, tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_training_says_so_and_goes_on(world: Path, tmp_path: Path, script: Script) -> None:
+    environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = ["train.py", "--data", world / "data", *SMALL, "--max_steps=2", "--out_dir", tmp_path / "run", "--compile"]
+    done = script(*command, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "not compiled, training goes on without: " in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last").read_text().strip() == "step-2"
+
+
+def test_overfitting_is_said_once_and_best_is_kept(tmp_path: Path, script: Script) -> None:
+    (tmp_path / "text.txt").write_text("".join(random.Random(0).choices("abcdefgh ", k=6000)))
+    data, run = tmp_path / "data", tmp_path / "run"
+    done = script("data/prepare.py", "--input", tmp_path / "text.txt", "--out", data, "--tokenizer=char", "--val_fraction=0.2")
+    assert done.returncode == 0, done.stderr
+    shape = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=32", "--batch_size=32", "--dtype=float32"]
+    often = ["--max_steps=150", "--eval_interval=25", "--log_interval=25", "--sample_tokens=0", "--decay_fraction=0.1"]
+    done = script("train.py", "--data", data, "--out_dir", run, *shape, *often)
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("warning: overfitting")]
+    for word in ("--dropout", "--weight_decay", "--max_steps", "smaller model", "checkpoints/best keeps step"):
+        assert word in warning
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = min((line["val_loss"], line["step"]) for line in lines if "val_loss" in line)[1]
+    assert (run / "checkpoints" / "best").read_text().strip() == f"step-{best}"
+    assert best < 150
+    assert lines[-1]["epoch"] == pytest.approx(150 * 32 * 32 / 4800, rel=0.1)
+
+
+def test_float16_with_a_loss_scaler_learns_as_float32_and_resumes(world: Path, tmp_path: Path, script: Script) -> None:
+    losses = {}
+    for dtype in ("float32", "float16"):
+        command = ["train.py", "--data", world / "data", *SMALL, "--out_dir", tmp_path / dtype, f"--dtype={dtype}"]
+        done = script(*command, "--max_steps=12")
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
+        losses[dtype] = lines[-1]["val_loss"]
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=0.03)
+    state = json.loads((tmp_path / "float16" / "checkpoints" / "step-12" / "state.json").read_text())
+    assert state["loss_scale"]["scale"] >= 1
+    assert json.loads((tmp_path / "float32" / "checkpoints" / "step-12" / "state.json").read_text())["loss_scale"] is None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model as model_file
-from model import GPT, PRESETS, GPTConfig, attention_mask, positions, rotate
+from model import GPT, PRESETS, GPTConfig, RMSNorm, SquaredReLU, attend, attention_mask, plain_attention, positions, rotate
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -106,6 +106,8 @@ VARIANTS = [
     {"n_kv_head": 1},
     {"window_pattern": "SL", "window_size": 5},
     {"tie_embeddings": True, "logit_softcap": 0.0, "qk_norm": False},
+    PRESETS["frontier"],
+    {"bigram_rows": 50, "value_embed_interval": 1, "n_kv_head": 2},
 ]
 
 
@@ -157,8 +159,9 @@ PACKED = torch.tensor([[0] * 5 + [1] * 9 + [2] * 6, [1] * 12 + [2] + [3] * 7])
         {"n_kv_head": 2},
         {**PRESETS["gpt2"]},
         {"position": "sinusoidal", "norm": "layernorm"},
+        {**PRESETS["frontier"]},
     ],
-    ids=["modern", "windows", "grouped", "gpt2", "sinusoidal"],
+    ids=["modern", "windows", "grouped", "gpt2", "sinusoidal", "frontier"],
 )
 @pytest.mark.parametrize("flex", [False, True])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -236,8 +239,8 @@ def test_positions_count_from_the_beginning_of_a_document() -> None:
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     gpt = random_model()
-    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 32, 8)
-    q, k = (rotate(x, gpt.cos, gpt.sin) for x in (q, k))
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 32, 1, 8)  # (B, T, H, D)
+    q, k = (rotate(x, gpt.cos[:, None], gpt.sin[:, None]).transpose(1, 2) for x in (q, k))
     scores = (q @ k.mT)[0, 0]
     for distance in (0, 3, 9):
         diagonal = scores.diagonal(-distance)
@@ -357,6 +360,79 @@ def test_config_is_frozen_and_context_is_bounded() -> None:
         GPTConfig(**TINY).n_layer = 3  # type: ignore[misc]
     with pytest.raises(ValueError, match="33 tokens do not fit"):
         random_model()(random_ids(1, 33))
+
+
+@pytest.mark.parametrize("function", [RMSNorm, SquaredReLU])
+def test_functions_with_gradients_of_their_own_are_torchs(function: type[torch.autograd.Function]) -> None:
+    x = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected = F.rms_norm(x, (8,), eps=1e-6) if function is RMSNorm else F.relu(x).square()
+    assert torch.allclose(function.apply(x), expected)
+    assert torch.autograd.gradcheck(function.apply, x)
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "documents"])
+def test_plain_attention_is_torchs_fused_one(kind: str) -> None:
+    """In float32, where both are exact; and in bfloat16 on a CPU `attend` takes it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 20, 8, generator=generator, requires_grad=True) for _ in range(3))
+    window, doc_ids = (5, None) if kind == "window" else (None, PACKED if kind == "documents" else None)
+    mask = attention_mask(20, window, doc_ids, q.device, flex=False)
+    found = {}
+    for name, function in (("plain", plain_attention), ("fused", attend)):
+        y = function(q, k, v, mask, 0.0)
+        found[name] = [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 0.0)
+    assert torch.equal(half, plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 0.0))
+    assert torch.allclose(half.float(), found["plain"][0], atol=0.03)
+
+
+@pytest.mark.parametrize("options", [{}, PRESETS["gpt2"], PRESETS["frontier"]], ids=["modern", "gpt2", "frontier"])
+def test_activation_checkpointing_changes_no_gradient(options: dict) -> None:
+    gpt = random_model(dropout=0.2, **options).train()
+    kept: dict[bool, set[int]] = {False: set(), True: set()}
+    grads = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[gpt.recompute].add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    for gpt.recompute in (False, True):
+        torch.manual_seed(3)  # the same dropout
+        gpt.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = gpt(random_ids(), random_ids().roll(-1, 1))
+        loss.backward()
+        grads.append([p.grad.clone() for p in gpt.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert len(kept[True]) < 0.7 * len(kept[False])
+
+
+def test_bigrams_have_rows_of_their_own_where_there_are_enough() -> None:
+    for rows, exact in ((97 * 98, True), (500, False)):
+        gpt = random_model(bigram_rows=rows, n_embd=4, n_head=1)
+        gpt.bigram_embed.weight.data[:] = torch.arange(rows)[:, None]
+        ids = torch.cartesian_prod(torch.arange(97), torch.arange(97))
+        found = gpt.mix_in_previous(torch.zeros(len(ids), 2, 4), ids, None)[:, :, 0]
+        assert found.min() >= 0
+        assert (len(set(found[:, 1].tolist())) == 97 * 97) is exact
+        first = found[:, 0]  # no token before it: a row of its own for each token
+        assert len(set(first.tolist())) == 97
+        assert not exact or not set(first.tolist()) & set(found[:, 1].tolist())
+
+
+def test_gradients_survive_float16() -> None:
+    """A weight of 1 / 2^20 a token, as with large batches, is below float16's smallest number once it meets a probability."""
+    gpt, ids = random_model(), random_ids()
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        gpt.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            loss = gpt(ids[:, :-1], ids[:, 1:], torch.full((3, 31), 2.0**-20))
+        (2**20 * loss).backward()
+        grads.append(gpt.head.weight.grad.clone())
+    assert (grads[1] - grads[0]).norm() < 0.01 * grads[0].norm()
 
 
 @pytest.mark.gpu

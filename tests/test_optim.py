@@ -34,11 +34,13 @@ def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(
         core = u.T @ after @ vh.T  # diagonal if the singular vectors are the same
         assert torch.allclose(core, torch.diag(core.diagonal()), atol=tolerance)
         values = core.diagonal()[s > 0.1 * s.max()]
-        assert ((values > 0.5) & (values < 1.3)).all()
+        assert ((values > 0.7) & (values < 1.3)).all()
 
 
-def test_muon_takes_torchs_steps() -> None:
-    """torch.optim.Muon computes in bfloat16 and one matrix at a time; the steps agree as far as that allows."""
+def test_muon_takes_torchs_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.optim.Muon, with its Newton-Schulz polynomial, computes in bfloat16 and one matrix at a time; the steps agree as
+    far as that allows."""
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 16), (16, 16), (32, 16), (16, 32)]
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
@@ -67,17 +69,39 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
 
 def test_groups_have_their_rates_and_decay_is_on_matrices_only() -> None:
     config = options(weight_decay=0.1, learning_rate=0.02, embedding_learning_rate=0.2, head_learning_rate=0.01)
-    model = gpt()
+    model = gpt("frontier")
     rate = {p: g["lr"] for o in make_optimizers(model, config) for g in o.param_groups for p in g["params"]}
-    assert rate[model.embed.weight] == 0.2
-    assert rate[model.head.weight] == 0.01
+    narrow = math.sqrt(384 / 16)  # the tables' and the head's rates are for 384 channels
+    assert rate[model.embed.weight] == pytest.approx(0.2 * narrow)
+    assert rate[model.head.weight] == pytest.approx(0.01 * narrow)
+    assert rate[model.value_embeds["1"].weight] == pytest.approx(0.1 * narrow)
+    assert rate[model.bigram_embed.weight] == pytest.approx(0.06 * narrow)
     assert rate[model.blocks[0].attn.q.weight] == 0.02
+    assert rate[model.blocks[1].attn.value_gate] == rate[model.smear_scale] == 0.2
     tied = gpt("gpt2")
     rate = {p: g["lr"] for o in make_optimizers(tied, config) for g in o.param_groups for p in g["params"]}
-    assert rate[tied.embed.weight] == 0.01  # it is the head as well
+    assert rate[tied.embed.weight] == pytest.approx(0.01 * narrow)  # it is the head as well
     adamw = make_optimizers(tied, options(optimizer="adamw", weight_decay=0.1))
     decay = {p: g["weight_decay"] for o in adamw for g in o.param_groups for p in g["params"]}
     assert all((decay[p] > 0) == (p.ndim == 2) for p in tied.parameters())
+
+
+def test_muon_stacks_matrices_of_one_shape_whichever_way_they_lie() -> None:
+    """Each moves as it would alone, and nothing else does."""
+    generator = torch.Generator().manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(16, 32), (32, 16), (16, 32)]]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    stacked, single = Muon(together, lr=0.1), [Muon([p], lr=0.1) for p in alone]
+    assert len(stacked.stacks) == 1
+    for _ in range(3):
+        for a, b in zip(together, alone, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        stacked.step()
+        for optimizer in single:
+            optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a, b, atol=1e-2)
 
 
 def test_schedules_are_their_formulas() -> None:

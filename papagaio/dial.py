@@ -1,0 +1,118 @@
+"""One dial instead of ten options: from --depth or --budget, the corpus and the machine to everything else.
+
+    --depth 6      6 blocks of 384 channels, 6 heads of 64; as many tokens as pay for that size
+    --budget 10m   the deepest model that this machine can train well in ten minutes
+
+Whatever the user sets stays as it was set. What is chosen comes with the reason, a line each.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from papagaio.config import UserError
+
+HEAD_SIZE = 64  # channels of a head; the width grows with the depth by one head a block, as in nanochat
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+# Tokens for each weight that multiplies (nanochat's experiment log, 2026-01: 10 to 12 is where compute is spent best).
+TOKENS_PER_WEIGHT = 12
+# With minutes instead of hours a larger model that sees fewer tokens is the better one (LOG.md, 2026-11-23).
+LEAST_TOKENS_PER_WEIGHT = 1.5
+MAX_EPOCHS = 16  # a text that was read so often has little more to give (Muennighoff et al. 2023, arXiv:2305.16264)
+BUDGET_MARGIN = 0.9  # of a budget for training steps; the rest for evaluations, checkpoints and a slower moment
+
+
+class Choice(NamedTuple):
+    """Options by name, and why, a line each."""
+
+    values: dict[str, Any]
+    reasons: list[str]
+
+
+def shape(depth: int, block_size: int) -> dict[str, int]:
+    """Width, heads and context of a model so deep."""
+    return {"n_layer": depth, "n_head": depth, "n_embd": HEAD_SIZE * depth, "block_size": block_size}
+
+
+def matrix_weights(depth: int, vocab_size: int) -> int:
+    """Weights of a model so deep that multiply every token: 12 C^2 a block, and the head."""
+    channels = HEAD_SIZE * depth
+    return 12 * depth * channels**2 + vocab_size * channels
+
+
+def batch_tokens(tokens: float) -> int:
+    """Tokens of a step for a run of so many: a power of two from 1,024 to 524,288, growing with tokens^(2/3).
+
+    The line goes through what measured best in two places: 1,024 for 225 thousand tokens (LOG.md), and 524,288 for some 2.6
+    billion (nanochat at depth 12 and beyond).
+    """
+    return 2 ** round(math.log2(min(max(1024 * (tokens / 225e3) ** (2 / 3), 1024), 524288)))
+
+
+def by_depth(depth: int, corpus: int, vocab_size: int, on_gpu: bool, given: dict[str, Any]) -> Choice:
+    """Everything else for a model so deep. `corpus`: tokens of the training split; `given`: what the user has set."""
+    return _choose(depth, TOKENS_PER_WEIGHT * matrix_weights(depth, vocab_size), corpus, on_gpu, given, [])
+
+
+def by_budget(
+    seconds: float,
+    corpus: int,
+    vocab_size: int,
+    on_gpu: bool,
+    given: dict[str, Any],
+    tokens_per_second: Callable[[dict[str, Any]], float],
+) -> Choice:
+    """The deepest model that sees enough tokens within so many seconds; `tokens_per_second` measures what it is handed.
+
+    Raises UserError for a budget in which not even the smallest model can be trained.
+    """
+    best: tuple[int, float, float] | None = None
+    for depth in [given["n_layer"]] if "n_layer" in given else DEPTHS:
+        weights = matrix_weights(depth, vocab_size)
+        trial = _choose(depth, TOKENS_PER_WEIGHT * weights, corpus, on_gpu, given, []).values | given
+        trial["batch_size"] = min(trial["batch_size"], 2 * trial["micro_batch_size"])  # enough to measure
+        speed = tokens_per_second(trial)
+        tokens = BUDGET_MARGIN * seconds * speed
+        if best is not None and tokens < LEAST_TOKENS_PER_WEIGHT * weights:
+            break
+        best = depth, tokens, speed
+    assert best is not None
+    depth, tokens, speed = best
+    reason = (
+        f"the deepest of {', '.join(map(str, DEPTHS[:6]))} ... that sees {LEAST_TOKENS_PER_WEIGHT} tokens for each weight in "
+        f"{seconds / 60:g} minutes at {speed:,.0f} tokens/s"
+    )
+    choice = _choose(depth, tokens, corpus, on_gpu, given, [reason])
+    if choice.values.get("max_steps", 1) < 1:
+        raise UserError(f"--budget: {seconds:g} s is not enough for a step; give it minutes")
+    return choice
+
+
+def _choose(depth: int, tokens: float, corpus: int, on_gpu: bool, given: dict[str, Any], reasons: Sequence[str]) -> Choice:
+    block_size = given.get("block_size", 1024 if on_gpu else 256)
+    while "block_size" not in given and block_size > 32 and corpus < 64 * block_size:
+        block_size //= 2
+    model = shape(depth, block_size)
+    epochs = tokens / corpus
+    limited = epochs > MAX_EPOCHS
+    tokens = min(tokens, MAX_EPOCHS * corpus)
+    batch_size = given.get("batch_size", max(1, batch_tokens(tokens) // block_size))
+    max_steps = given.get("max_steps", int(tokens // (batch_size * block_size)))
+    # A power of two that divides the batch: larger forward passes take memory and no longer gain speed.
+    micro_batch_size = math.gcd(batch_size, 2 ** int(math.log2(max(1, (32768 if on_gpu else 8192) / block_size))))
+    tokens = max_steps * batch_size * block_size
+    # Nine evaluations, a token of which takes a third of the time of one trained on: some 6 % of the run.
+    evaluations = {"eval_interval": max(1, math.ceil(max_steps / 8)), "eval_tokens": max(16384, tokens // 50)}
+    values = model | evaluations | {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_steps": max_steps}
+    most = "all that pays" if limited else "what this size or time asks for"
+    lines = [
+        f"n_layer {depth}, n_embd {model['n_embd']}, n_head {depth}: {HEAD_SIZE} channels a block, heads of {HEAD_SIZE}",
+        *reasons,
+        f"eval_tokens {values['eval_tokens']:,}: at most so many of the validation split, so that evaluating takes little time",
+        f"block_size {block_size}: usual on a {'GPU' if on_gpu else 'CPU'}, halved for a very small corpus",
+        f"batch_size {batch_size}: {batch_size * block_size:,} tokens a step measured best for a run of {tokens:,}",
+        f"max_steps {max_steps:,}: {tokens:,} tokens, {tokens / corpus:.1f} epochs of the {corpus:,} there are, {most}"
+        + (f" (at most {MAX_EPOCHS} epochs)" if limited else ""),
+        "learning rates: the defaults, which hold for every width and depth (those of tables and head fall with the width)",
+    ]
+    return Choice({key: value for key, value in values.items() if key not in given}, lines)
