@@ -21,7 +21,7 @@ from papagaio.config import RunOptions, UserError, option, parse, run
 # Learning rates are a part of pretraining's, so that what was learnt stays; by the optimizer that the checkpoint was trained
 # with, which goes on. Found on the demo's development questions (LOG.md).
 RECIPES: dict[str, dict[str, Any]] = {
-    "muon": {"learning_rate": 0.0025, "embedding_learning_rate": 0.1, "head_learning_rate": 0.005, "decay_fraction": 1.0},
+    "muon": {"learning_rate": 0.0025, "embedding_learning_rate": 0.07, "head_learning_rate": 0.0035, "decay_fraction": 1.0},
     "adamw": {"learning_rate": 1e-4, "warmup_steps": 20, "beta1": 0.9, "decay_fraction": 1.0, "grad_clip": 1.0},
 }
 

@@ -104,6 +104,11 @@ class GPTConfig:
         return math.ceil(8 * self.n_embd / 3 / 32) * 32 if self.mlp == "swiglu" else 4 * self.n_embd
 
     @property
+    def bigram_table(self) -> int:
+        """Rows that the table of bigrams has: no more than there are pairs of a token and the one before it, or none."""
+        return min(self.bigram_rows, self.vocab_size * (self.vocab_size + 1))
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head: matrix products are faster at multiples of 64. Their logits never leave GPT."""
         return math.ceil(self.vocab_size / 64) * 64
@@ -408,7 +413,7 @@ class GPT(nn.Module):
         kv_size = config.kv_heads * config.head_size
         tables = {str(i): nn.Embedding(config.padded_vocab_size, kv_size) for i in range(config.n_layer) if valued[i]}
         self.value_embeds = nn.ModuleDict(tables)
-        self.bigram_embed = nn.Embedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
+        self.bigram_embed = nn.Embedding(config.bigram_table, config.n_embd) if config.bigram_rows else None
         self.smear_gate = nn.Parameter(torch.empty(1, GATE_CHANNELS)) if config.smear else None
         self.smear_scale = nn.Parameter(torch.empty(1)) if config.smear else None
         self.recompute = False  # keep only what enters a block; its inside is computed again for the gradient
@@ -523,8 +528,8 @@ class GPT(nn.Module):
             amount = amount.masked_fill((before == c.vocab_size)[..., None], 0)
             x = x + amount * F.pad(x[:, :-1], (0, 0, 1, 0))
         if self.bigram_embed is not None:  # all pairs have rows of their own where there are enough; else they share some
-            stride = c.vocab_size if c.vocab_size * (c.vocab_size + 1) <= c.bigram_rows else 0x9E3779B1
-            x = x + self.bigram_embed((before * stride + ids) % c.bigram_rows)
+            stride = c.vocab_size if c.bigram_table == c.vocab_size * (c.vocab_size + 1) else 0x9E3779B1
+            x = x + self.bigram_embed((before * stride + ids) % c.bigram_table)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

@@ -41,12 +41,12 @@ def matrix_weights(depth: int, vocab_size: int) -> int:
 
 
 def batch_tokens(tokens: float) -> int:
-    """Tokens of a step for a run of so many: a power of two from 1,024 to 524,288, growing with tokens^(2/3).
+    """Tokens of a step for a run of so many: a power of two from 1,024 to 524,288.
 
-    The line goes through what measured best in two places: 1,024 for 225 thousand tokens (LOG.md), and 524,288 for some 2.6
+    The line goes through what measured best in two places: 4,096 for 550 thousand tokens (LOG.md), and 524,288 for some 2.6
     billion (nanochat at depth 12 and beyond).
     """
-    return 2 ** round(math.log2(min(max(1024 * (tokens / 225e3) ** (2 / 3), 1024), 524288)))
+    return 2 ** round(math.log2(min(max(4096 * (tokens / 550e3) ** 0.57, 1024), 524288)))
 
 
 def by_depth(depth: int, corpus: int, vocab_size: int, on_gpu: bool, given: dict[str, Any]) -> Choice:

@@ -7,12 +7,10 @@ from papagaio.metrics import read_metrics
 
 def plot_losses(metrics: Path, picture: Path) -> None:
     """Draw training and validation loss over the steps of a metrics.jsonl."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which looks for a screen and takes longer to import
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     lines = read_metrics(metrics)
     for key, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
         points = [(line["step"], line[key]) for line in lines if key in line]
@@ -28,4 +26,3 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     temporary = picture.with_name(f".{picture.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(picture)
-    pyplot.close(figure)

@@ -55,7 +55,7 @@ def test_batches_grow_with_the_run_from_1024_to_524288() -> None:
     assert sizes[0] == 1024
     assert sizes[-1] == 524288
     assert all(math.log2(size).is_integer() for size in sizes)
-    assert batch_tokens(225e3) == 1024
+    assert batch_tokens(550e3) == 4096
     assert batch_tokens(2.6e9) == 524288
 
 
