@@ -68,11 +68,12 @@ def main(config: TimeToLossOptions) -> None:
                 results.append(nanochat(config.nanochat.resolve(), Path(folder)))
     names = list(dict.fromkeys(result["name"] for result in results))
     slowest = max(names, key=lambda name: median(results, name, "seconds"))
+    reference = next((name for name in names if name.startswith("nano")), slowest)
     print(f"{'':34} {'seconds':>8} {'steps':>7} {'ms a step':>10} {'tokens':>10} {'val loss':>9} {'val bpb':>8} {'ratio':>6}")
     for name in names:
         keys = ("seconds", "steps", "tokens", "val_loss", "val_bpb")
         seconds, steps, tokens, loss, bpb = (median(results, name, key) for key in keys)
-        step_time, ratio = median(results, name, "ms_per_step"), seconds / median(results, slowest, "seconds")
+        step_time, ratio = median(results, name, "ms_per_step"), seconds / median(results, reference, "seconds")
         print(f"{name:34} {seconds:8.1f} {steps:7,.0f} {step_time:10.1f} {tokens:10,.0f} {loss:9.4f} {bpb:8.4f} {ratio:6.3f}")
     for result in results:
         print(json.dumps(result))
