@@ -19,7 +19,7 @@ TOKENS_PER_WEIGHT = 12
 # With minutes instead of hours a larger model that sees fewer tokens is the better one (LOG.md, 2026-11-23).
 LEAST_TOKENS_PER_WEIGHT = 1.5
 MAX_EPOCHS = 16  # a text that was read so often has little more to give (Muennighoff et al. 2023, arXiv:2305.16264)
-BUDGET_MARGIN = 0.9  # of a budget for training steps; the rest for evaluations, checkpoints and a slower moment
+BUDGET_MARGIN = 0.8  # of a budget for training steps; the rest for evaluations, checkpoints and a slower moment
 
 
 class Choice(NamedTuple):
@@ -80,7 +80,7 @@ def by_budget(
     depth, tokens, speed = best
     reason = (
         f"the deepest of {', '.join(map(str, DEPTHS[:6]))} ... that sees {LEAST_TOKENS_PER_WEIGHT} tokens for each weight in "
-        f"{seconds / 60:g} minutes at {speed:,.0f} tokens/s"
+        f"{seconds:g} s at {speed:,.0f} tokens/s"
     )
     choice = _choose(depth, tokens, corpus, on_gpu, given, [reason])
     if choice.values.get("max_steps", 1) < 1:

@@ -71,7 +71,7 @@ def test_a_budget_takes_the_deepest_model_that_sees_enough() -> None:
     assert len(set(depths)) == 4
     choice = by_budget(600, 10**12, 4096, False, {}, speed).values
     tokens = choice["max_steps"] * choice["batch_size"] * choice["block_size"]
-    assert tokens / speed(choice) == pytest.approx(0.9 * 600, rel=0.05)  # the time is used
+    assert tokens / speed(choice) == pytest.approx(0.8 * 600, rel=0.05)  # the time is used
     asked.clear()
     assert by_budget(600, 10**12, 4096, False, {"n_layer": 3, "batch_size": 7}, speed).values["n_embd"] == 192
     assert asked == [3]
@@ -93,7 +93,7 @@ def test_train_says_what_it_chose_and_why_and_a_resumed_run_keeps_it(world: Path
     assert first["block_size"] == 32
     assert first["max_steps"] == 3
     assert first["n_embd"] == 64 * first["n_layer"]
-    again = script(*command, "--max_steps=5", "--eval_tokens=512", "--resume")
+    again = script(*command, "--budget=1h", "--max_steps=5", "--eval_tokens=512", "--resume")  # alone it would mean more
     assert again.returncode == 0, again.stderr
     second = tomllib.loads((run / "config.toml").read_text())
     assert {key: second[key] for key in ("n_layer", "n_embd", "batch_size")} == {

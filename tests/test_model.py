@@ -417,7 +417,7 @@ def test_bigrams_have_rows_of_their_own_where_there_are_enough() -> None:
         ids = torch.cartesian_prod(torch.arange(97), torch.arange(97))
         found = gpt.mix_in_previous(torch.zeros(len(ids), 2, 4), ids, None)[:, :, 0]
         assert found.min() >= 0
-        assert (len(set(found[:, 1].tolist())) == 97 * 97) is exact
+        assert len(set(found[:, 1].tolist())) == (97 * 97 if exact else 500)
         first = found[:, 0]  # no token before it: a row of its own for each token
         assert len(set(first.tolist())) == 97
         assert not exact or not set(first.tolist()) & set(found[:, 1].tolist())
