@@ -76,7 +76,9 @@ class RunOptions(Options):
     seed: int = option(1337, "of initial weights, order of the data, dropout and sampling", ge=0, lt=2**63)
     log_interval: int = option(10, "steps between training lines in metrics.jsonl", ge=1)
     eval_interval: int = option(250, "steps between evaluations; also before the first and after the last step", ge=1)
-    eval_tokens: int = option(0, "tokens of the validation split, always the same ones (0: the whole split)", ge=0)
+    eval_tokens: int = option(
+        0, "tokens of the validation split, always the same ones, spread over it (0: the whole split)", ge=0
+    )
     sample_tokens: int = option(48, "longest text shown at each evaluation, in tokens (0: off)", ge=0)
     checkpoint_interval: int = option(1000, "steps between checkpoints; also at the end (0: only there)", ge=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")

@@ -182,10 +182,16 @@ def test_validation_predicts_every_token_but_the_first_once(tmp_path: Path, bloc
         assert ((batch.targets == -100) == (batch.weights == 0)).all()
 
 
-def test_validation_of_some_tokens_takes_the_first(tmp_path: Path) -> None:
+def test_validation_of_some_tokens_is_spread_over_the_split(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [b"x" * 200], [bytes(range(100))], shard_tokens=1024)
     batches = ValidationWindows(dataset, 10, 2, max_tokens=25)
-    assert torch.cat([batch.targets for batch in batches]).flatten().tolist() == list(range(30))
+    assert torch.cat([batch.targets for batch in batches]).flatten().tolist() == [
+        *range(10),
+        *range(30, 40),
+        *range(60, 70),
+    ]
+    whole = ValidationWindows(dataset, 10, 2, max_tokens=10**6)
+    assert torch.cat([batch.targets for batch in whole]).flatten().tolist() == [*range(100)]
 
 
 def test_too_short_a_corpus_is_refused(tmp_path: Path) -> None:
