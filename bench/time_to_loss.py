@@ -6,7 +6,7 @@
 
 nanoGPT and nanochat are checkouts outside this one (https://github.com/karpathy/...). nanoGPT runs with its README's CPU recipe.
 nanochat runs 250 steps at depth 4 with a vocabulary of 4,096 that it trains itself on the same training documents; its seconds
-are those that it counts itself: training alone, without its first steps, evaluation and compilation of the first ten. Ours are
+are those that it counts itself: training alone, after its first ten steps, without evaluation and compilation. Ours are
 those of the whole process, start and evaluations included. Prints a table, then a JSON line a process.
 """
 

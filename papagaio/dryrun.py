@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from papagaio import runtime
 from papagaio.config import RunOptions, UserError
 from papagaio.loader import Batch, Loader
-from papagaio.optim import make_optimizers
+from papagaio.optim import Muon, make_optimizers
 
 
 def largest_micro_batch(batches: list[Batch], size: int) -> Batch:
@@ -41,7 +41,7 @@ def memory_parts(make_model: Callable[[], nn.Module], config: RunOptions, micro:
             model(*inputs)
         optimizers = make_optimizers(model, config)
         moments = sum(
-            p.numel() * p.element_size() * (1 if type(optimizer).__name__ == "Muon" else 2)
+            p.numel() * p.element_size() * (1 if isinstance(optimizer, Muon) else 2)
             for optimizer in optimizers
             for group in optimizer.param_groups
             for p in group["params"]
