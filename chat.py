@@ -34,7 +34,7 @@ from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
 
 
 def main(config: ChatOptions) -> None:
-    checkpoint = open_checkpoint(config.checkpoint)
+    checkpoint = open_checkpoint(config.checkpoint, config.base)
     device = runtime.pick_device(config.device)
     model = GPT(GPTConfig(**checkpoint.model_fields)).to(device).eval()
     checkpoint.load_model(model)

@@ -1,28 +1,35 @@
-"""Fine-tune a pretrained checkpoint into a chat model, on questions and answers.
+"""Fine-tune a pretrained checkpoint into a chat model, on questions and answers; or a chat model on preferences.
 
     python finetune.py --init_from out/run --data qa.jsonl --out_dir out/chat
+    python finetune.py --init_from out/run --data qa.jsonl:2 more.csv --out_dir out/chat --replay_data out/mine --lora_rank 8
+    python finetune.py --init_from out/chat --data preferences.jsonl --out_dir out/better
     python finetune.py config/demo_finetune.toml
 
-The loss is on the assistant's tokens and the end token after them; the loop is train.fit. At the end the model is asked the
-questions of --test_data, which it has never seen.
+The loss is on the assistant's tokens and the end token after them; of {"prompt", "chosen", "rejected"} it is DPO's
+(papagaio/preference.py). The loop is train.fit. At the end the model is asked the questions of --test_data, which it has
+never seen.
 """
 
 import os
 import random
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
 from papagaio.config import RunOptions, UserError, option, parse, run
+from papagaio.conversations import Report, hold_out, parse_source, read_conversations, read_examples, select
 
 # Learning rates are a part of pretraining's, so that what was learnt stays; by the optimizer that the checkpoint was trained
-# with, which goes on. Found on the demo's development questions (LOG.md).
+# with, which goes on, but for adapters, and for preferences. Found on the demo's development questions (LOG.md).
 RECIPES: dict[str, dict[str, Any]] = {
     "muon": {"learning_rate": 0.0025, "embedding_learning_rate": 0.07, "head_learning_rate": 0.0035, "decay_fraction": 1.0},
     "adamw": {"learning_rate": 1e-4, "warmup_steps": 20, "beta1": 0.9, "decay_fraction": 1.0, "grad_clip": 1.0},
+    "lora": {"optimizer": "adamw", "learning_rate": 1e-2, "beta1": 0.9, "decay_fraction": 1.0},
+    "preferences": {"optimizer": "adamw", "learning_rate": 2e-5, "beta1": 0.9, "decay_fraction": 1.0, "grad_clip": 1.0},
 }
 
 
@@ -30,178 +37,317 @@ class FinetuneOptions(RunOptions):
     """Options of finetune.py."""
 
     init_from: Path = option(..., "checkpoint to start from: a run, or a checkpoint directory")
-    data: tuple[Path, ...] = option(..., "questions and answers in JSON lines", min_length=1)
+    base: Path | None = option(None, "where init_from holds adapters: the checkpoint that they belong to, if it has moved")
+    data: tuple[str, ...] = option(
+        ..., "questions and answers: .jsonl, .json, .csv or .parquet files; FILE:2 has each twice an epoch", min_length=1
+    )
     val_data: Path | None = option(None, "held-out questions for the validation loss (default: a part of --data)")
-    val_fraction: float = option(0.05, "part of --data held out where there is no --val_data", gt=0, lt=1)
+    val_fraction: float = option(0.05, "part of --data held out, by a hash, where there is no --val_data", gt=0, lt=1)
     test_data: Path | None = option(None, "questions asked at the end: exact match of greedy answers")
     control_data: Path | None = option(None, "questions whose answers were never told: what guessing reaches")
+    preview: int | None = option(None, "show so many training examples, what is learnt in colour, and stop", ge=1)
+    train_on: Literal["all", "last"] = option("all", "assistant turns of a conversation that are learnt")
+    too_long: Literal["drop", "truncate"] = option("drop", "conversations longer than the context: drop, or cut the answer")
+    keep_duplicates: bool = option(False, "keep conversations that were there before")
+    packing: bool = option(True, "several conversations in a row, each seeing itself alone, so that nothing is lost to padding")
     replay_data: Path | None = option(None, "dataset directory with pretraining text, mixed in against forgetting")
-    replay: float = option(1.0, "weight of the pretraining text's loss beside that of the answers", ge=0)
-    replay_batch_size: int = option(8, "windows of pretraining text in each step", ge=1)
+    replay: float = option(0.1, "share of a step's tokens that are pretraining text, where there is --replay_data", ge=0, lt=1)
+    replay_weight: float = option(1.0, "weight of the pretraining text's loss beside that of the answers", ge=0)
+    lora_rank: int = option(0, "rank of adapters that are trained in place of the weights (0: the weights themselves)", ge=0)
+    lora_alpha: float | None = option(None, "adapters count alpha / rank (default: twice the rank)", gt=0)
+    lora_dropout: float = option(0.0, "share of what goes into an adapter dropped in training", ge=0, lt=1)
+    lora_targets: tuple[str, ...] = option((), "linear layers with adapters: q k v proj fc gate head (default: all there are)")
+    lora_merge: bool = option(False, "at the end, write merged/ as well: a checkpoint with the adapters added in")
+    freeze_layers: int = option(0, "blocks, from the first, that stay as they are", ge=0)
+    freeze_embeddings: bool = option(False, "the embeddings (and a head that shares their table) stay as they are")
+    dpo_beta: float = option(0.1, "preferences: how much the model is held to what it was; smaller moves it more", gt=0)
     dropout: float = option(0.0, "share of activations dropped in training", ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _files(self) -> Self:
-        for path in (*self.data, self.val_data, self.test_data, self.control_data):
+    def _fits(self) -> Self:
+        for word in self.data:
+            parse_source(word)
+        for path in (self.val_data, self.test_data, self.control_data):
             if path is not None and not path.is_file():
-                raise ValueError(f"{path}: no such file; questions and answers in JSON lines are needed")
+                raise ValueError(f"{path}: no such file; questions and answers in .jsonl, .json, .csv or .parquet are needed")
+        if self.lora_rank and (self.freeze_layers or self.freeze_embeddings):
+            raise ValueError("lora_rank trains adapters alone: nothing else is left to freeze")
+        if self.lora_merge and not self.lora_rank:
+            raise ValueError("lora_merge needs adapters: give a lora_rank")
         return self
 
 
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(FinetuneOptions, doc=__doc__)
 
+from dataclasses import asdict, dataclass
+
 import torch
 
 from model import GPT, GPTConfig
-from papagaio import runtime
-from papagaio.checkpoint import open_checkpoint
-from papagaio.dialogue import Conversation, Tokens, read_conversations, render
+from papagaio import lora, preference, runtime
+from papagaio.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from papagaio.dialogue import Conversation, Preference
 from papagaio.dryrun import dry_run
-from papagaio.evaluation import answer_questions, exact_match_line, exact_match_table
-from papagaio.loader import Batch, WindowLoader, permute
-from papagaio.shards import Dataset, share
+from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
+from papagaio.loader import ValidationWindows, WindowLoader, likelihood
+from papagaio.metrics import read_metrics
+from papagaio.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches
+from papagaio.preference import Pair, PairLoader
+from papagaio.shards import Dataset
 from papagaio.tokenizer import Tokenizer
-from train import fit
+from train import fit, refuse_existing
 
 
 def main(config: FinetuneOptions) -> None:
-    checkpoint = open_checkpoint(config.init_from)
-    chosen = config.model_dump(exclude_unset=True)
-    optimizer = chosen.get("optimizer", checkpoint.state["optimizer"])
-    try:
-        config = FinetuneOptions(**{"optimizer": optimizer} | RECIPES[optimizer] | chosen)
-    except ValidationError as error:
-        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    tokenizer = checkpoint.tokenizer
-    model = GPT(GPTConfig(**checkpoint.model_fields | {"dropout": config.dropout}))
-    block_size = model.config.block_size
-
-    conversations = [conversation for path in config.data for conversation in read_conversations(path)]
-    if config.val_data is not None:
-        held_out = read_conversations(config.val_data)
-    else:
-        held_out = [c for c in conversations if share(c.said) < config.val_fraction]
-        conversations = [c for c in conversations if share(c.said) >= config.val_fraction]
-        if not held_out or not conversations:
-            raise UserError(f"{config.data[0]}: too few conversations to hold some out; name a --val_data file")
+    checkpoint = open_checkpoint(config.init_from, config.base)
+    tokenizer, block_size = checkpoint.tokenizer, checkpoint.model_fields["block_size"]
     test = read_conversations(config.test_data) if config.test_data else []
     control = read_conversations(config.control_data) if config.control_data else []
-    training = fitting(conversations, tokenizer, block_size)
-    validation = [pad(group, 1.0) for group in _groups(fitting(held_out, tokenizer, block_size), config.batch_size)]
-    replay = None
-    if config.replay_data is not None and config.replay > 0:
-        dataset = Dataset(config.replay_data)
-        if dataset.tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(f"{config.replay_data}: its tokenizer is not the checkpoint's; prepare it with --tokenizer DIR")
-        replay = WindowLoader(dataset, "train", block_size, config.replay_batch_size, config.seed)
-    loader = ConversationLoader(training, config, replay)
-    show_example(training[0], tokenizer)
+    data = read_data(config, tokenizer, block_size, test)
+    if config.preview is not None:
+        for example in data.training[: config.preview]:
+            print(*marked(example, tokenizer, sys.stdout.isatty()), sep="\n")
+        return
+    print("the first example, and what of it is learnt:", file=sys.stderr)
+    print(*marked(data.training[0], tokenizer, sys.stderr.isatty()), sep="\n", file=sys.stderr)
+    config = with_recipe(config, checkpoint, data.pairs)
+    replay, replayed = open_replay(config, tokenizer, block_size, data)
 
     device = runtime.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+
+    def make_model() -> GPT:
+        return GPT(GPTConfig(**checkpoint.model_fields | {"dropout": config.dropout}))
+
     if config.dry_run:
-        dry_run(lambda: GPT(model.config), loader, config, device)
+        loader = answers_loader(config, data, block_size, replay)
+        if data.pairs:
+            loader = preference.AsAnswers(pairs_loader(config, data, torch.zeros(len(data.training), 2), replay))
+        dry_run(lambda: restricted(make_model(), config), loader, config, device)
         return
+    refuse_existing(config)
+    model = make_model()
     checkpoint.load_model(model)
-    model.to(device)
+    restricted(model, config).to(device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = trained / model.num_parameters()
+    print(f"{trained:,} of {model.num_parameters():,} parameters are trained ({share:.1%}), on {device}", file=sys.stderr)
+
+    if data.pairs:
+        config.out_dir.mkdir(parents=True, exist_ok=True)
+        stored = config.out_dir / "reference.safetensors"
+        everything = [*data.training, *data.validation]
+        reference = preference.stored_reference(stored, model, checkpoint.weights_sha256, everything, dtype)
+        loader = pairs_loader(config, data, reference, replay)
+        objective = preference.objective(config.dpo_beta)
+        reference = reference[len(data.training) :]
+        size = config.micro_batch_size or config.batch_size
+        parts = [slice(i, i + size) for i in range(0, len(data.validation), size)]
+        validation = [preference.collate_pairs(data.validation[part], reference[part]) for part in parts]
+    else:
+        loader, objective = answers_loader(config, data, block_size, replay), likelihood
+        validation = evaluation_batches(data.validation, block_size, config.micro_batch_size or 64, config.packing)
+
+    def evaluate() -> dict[str, float]:
+        if data.pairs:
+            found = preference.evaluate_pairs(model, validation, config.dpo_beta, dtype)
+        else:
+            found = evaluate_loss(model, validation, tokenizer, dtype)
+        if replayed is not None:
+            found["replay_bpb"] = evaluate_loss(model, replayed, tokenizer, dtype)["val_bpb"]
+        return found
 
     def preview() -> str:
         """The model's answer to the first held-out question."""
-        answer = answer_questions(model, tokenizer, held_out[:1], block_size, dtype)[0]
-        return f"{held_out[0].messages[-2].content} -> {answer.text}"
+        answer = answer_questions(model, tokenizer, data.shown[:1], block_size, dtype)[0]
+        return f"{data.shown[0].messages[-2].content} -> {answer.text}"
 
-    fit(model, loader, validation, preview, tokenizer, config, stage="finetune")
-    report(model, tokenizer, test, control, dtype, config.seed)
+    facts = {"stage": "finetune", "objective": "preferences" if data.pairs else "answers"}
+    facts |= {"base_sha256": checkpoint.weights_sha256, "lora_rank": config.lora_rank}
+    state = fit(model, loader, evaluate, preview, tokenizer, config, facts, objective)
+    if state["stopped_early"]:
+        open_checkpoint(config.out_dir).load_model(model)  # the best one
+    if config.lora_merge:
+        plain = make_model()
+        result = open_checkpoint(config.out_dir, config.init_from)
+        result.load_model(plain)
+        path = save_checkpoint(config.out_dir, plain, asdict(plain.config), [], result.state, tokenizer, "merged")
+        print(f"{path}: a checkpoint with the adapters added in", file=sys.stderr)
+    report(model, tokenizer, test, control, dtype, config)
 
 
-class ConversationLoader:
-    """Batches of conversations, every one once an epoch: `loader(step)` is a pure function of step and seed.
+@dataclass(frozen=True)
+class Data:
+    """What is learnt, what it is measured on, and the held-out conversations that are shown."""
 
-    The conversations of a step are sorted by length and padded in groups, so that little is computed for padding. Each
-    supervised token weighs the same, whatever group it is in, and the weights of the answers sum to 1; those of the
-    pretraining text, where there is some, sum to config.replay more.
+    training: list[Example] | list[Pair]
+    mixture: Mixture
+    validation: list[Example] | list[Pair]
+    shown: list[Conversation]
+
+    @property
+    def pairs(self) -> bool:
+        return isinstance(self.training[0], Pair)
+
+
+def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, test: Sequence[Conversation]) -> Data:
+    """The conversations or preferences of the files, as examples; what there is, and what was left out and why, is printed.
+
+    Raises UserError where nothing is left to learn, or to validate with.
     """
+    left_out = Report()
 
-    def __init__(self, training: list[Tokens], config: FinetuneOptions, replay: WindowLoader | None) -> None:
-        self.training, self.config, self.replay = training, config, replay
+    def encoded(rows: Sequence[Conversation] | Sequence[Preference]) -> list[Example] | list[Pair]:
+        if rows and isinstance(rows[0], Preference):
+            return preference.encode_pairs(rows, tokenizer, block_size, left_out, config.too_long)
+        return encode(rows, tokenizer, block_size, left_out, config.too_long, config.train_on)
 
-    def __call__(self, step: int) -> list[Batch]:
-        size, count = self.config.batch_size, len(self.training)
-        chosen = []
-        for number in range(step * size, (step + 1) * size):
-            epoch, index = divmod(number, count)
-            chosen.append(self.training[permute(index, count, self.config.seed, epoch)])
-        supervised = sum(sum(tokens.learnt) for tokens in chosen)
-        parts = [pad(group, 1 / supervised) for group in _groups(chosen, self.config.micro_batch_size or max(1, size // 4))]
-        if self.replay is not None:
-            parts += [b._replace(weights=b.weights * self.config.replay) for b in self.replay(step)]
-        return parts
+    sources = [parse_source(word) for word in config.data]
+    known: set[str] = set()
+    files = [select(read_examples(source.path), left_out, known, config.keep_duplicates) for source in sources]
+    if config.val_data is not None:
+        held_out = select(read_examples(config.val_data), left_out, set(), config.keep_duplicates)
+        aside = {row.said for row in held_out}
+        for place in (row.place for rows in files for row in rows if row.said in aside):
+            left_out.drop("held out in --val_data", place)
+        files = [[row for row in rows if row.said not in aside] for rows in files]
+    else:
+        parts = [hold_out(rows, config.val_fraction) for rows in files]
+        files, held_out = [training for training, _ in parts], [row for _, rows in parts for row in rows]
+    kinds = {type(row).__name__ for rows in (*files, held_out) for row in rows}
+    if len(kinds) > 1:
+        raise UserError(f"{config.data[0]}: {' and '.join(sorted(kinds))} rows do not go together; they need runs of their own")
+    examples, validation = [encoded(rows) for rows in files], encoded(held_out)
+    total = [example for part in examples for example in part]
 
-    def epochs(self, step: int) -> float:
-        """Passes over the conversations after `step` steps."""
-        return step * self.config.batch_size / len(self.training)
-
-
-def fitting(conversations: list[Conversation], tokenizer: Tokenizer, block_size: int) -> list[Tokens]:
-    """The conversations as tokens; those longer than the context are dropped, and counted on standard error."""
-    rendered = [(c, render(tokenizer, c.messages)) for c in conversations]
-    too_long = [(c, tokens) for c, tokens in rendered if len(tokens.ids) > block_size + 1]
-    for conversation, tokens in too_long[:5]:
-        print(f"dropped: {conversation.place}: {len(tokens.ids)} tokens, the context has {block_size}", file=sys.stderr)
-    kept = [tokens for _, tokens in rendered if len(tokens.ids) <= block_size + 1]
-    if not kept:
-        raise UserError(f"{conversations[0].place}: every conversation is longer than the context of {block_size} tokens")
-    supervised = sum(sum(tokens.learnt) for tokens in kept)
+    tokens = [part for item in total for part in (item if isinstance(item, Pair) else [item])]
+    supervised = sum(int(part.learnt[1:].sum()) for part in tokens)
     print(
-        f"{len(kept):,} conversations, {sum(len(tokens.ids) for tokens in kept):,} tokens, {supervised:,} of them supervised; "
-        f"{len(too_long):,} dropped as too long",
+        f"{len(total):,} {'preferences' if 'Preference' in kinds else 'conversations'} to learn, {len(validation):,} held out; "
+        f"{sum(len(part.ids) for part in tokens):,} tokens, {supervised:,} of them supervised; the longest has "
+        f"{max((len(part.ids) for part in tokens), default=0):,}, the context {block_size:,}",
         file=sys.stderr,
     )
-    return kept
+    for line in left_out.lines():
+        print(line, file=sys.stderr)
+    if not total:
+        raise UserError(f"{left_out.first(sources[0].path)}; nothing is left to learn from {', '.join(config.data)}")
+    if not validation:
+        where = left_out.first(config.val_data or sources[0].path)
+        raise UserError(f"{where}; no conversation is left to validate with: name a --val_data file, or a larger --val_fraction")
+    asked = known & {conversation.said for conversation in test}
+    if asked:
+        print(
+            f"warning: {len(asked):,} of the {len(test):,} --test_data questions are in --data with their answers",
+            file=sys.stderr,
+        )
+    used = [(part, source.weight) for part, source in zip(examples, sources, strict=True) if part]
+    mixture = Mixture([len(part) for part, _ in used], [weight for _, weight in used], config.seed)
+    if not mixture.size:
+        raise UserError(f"{config.data[0]}: the weights of the files leave nothing to learn; give larger ones")
+    shown = [row if isinstance(row, Conversation) else Conversation(messages=[*row.messages, row.chosen]) for row in held_out]
+    return Data(total, mixture, validation, shown)
 
 
-def pad(group: list[Tokens], weight: float) -> Batch:
-    """Conversations as a batch as wide as the longest, padded on the right; targets are -100 but where answers are learnt."""
-    width = max(len(tokens.ids) for tokens in group) - 1
-    ids = torch.zeros((len(group), width), dtype=torch.int64)
-    targets = torch.full((len(group), width), -100)
-    for row, tokens in enumerate(group):
-        length = len(tokens.ids) - 1
-        ids[row, :length] = torch.tensor(tokens.ids[:-1])
-        wanted = torch.tensor(tokens.learnt[1:])
-        targets[row, :length] = torch.where(wanted, torch.tensor(tokens.ids[1:]), -100)
-    return Batch(ids, targets, weight * (targets != -100).float())
+def with_recipe(config: FinetuneOptions, checkpoint: Checkpoint, pairs: bool) -> FinetuneOptions:
+    """The options with the learning rates of what is to be done, where the user has not chosen others."""
+    chosen = config.model_dump(exclude_unset=True)
+    optimizer = chosen.get("optimizer", checkpoint.state["optimizer"])
+    recipe = {"optimizer": optimizer} | RECIPES[optimizer]
+    if pairs or config.lora_rank:
+        recipe = RECIPES["preferences" if pairs else "lora"]
+    try:
+        return FinetuneOptions(**recipe | chosen)
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
-def _groups(conversations: list[Tokens], size: int) -> list[list[Tokens]]:
-    """Conversations of like length together, `size` in a group."""
-    ordered = sorted(conversations, key=lambda tokens: len(tokens.ids))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+def restricted(model: GPT, config: FinetuneOptions) -> GPT:
+    """The model, in place, with only that left to train which the options say. Raises UserError where they do not fit it."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if config.lora_rank:
+        targets = config.lora_targets or [name for name in lora.TARGETS if name in names]
+        alpha = config.lora_alpha or 2 * config.lora_rank
+        try:
+            lora.add_adapters(model, targets, config.lora_rank, alpha, config.lora_dropout)
+        except ValueError as error:
+            raise UserError(f"--lora_targets: {error}; it has {' '.join(sorted(names))}") from None
+    if config.freeze_layers > len(model.blocks):
+        raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {len(model.blocks)} blocks")
+    model.blocks[: config.freeze_layers].requires_grad_(False)
+    if config.freeze_embeddings:
+        for name, parameter in model.named_parameters():
+            if "embed" in name:
+                parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("--freeze_layers and --freeze_embeddings leave nothing to train")
+    return model
 
 
-def show_example(tokens: Tokens, tokenizer: Tokenizer) -> None:
-    """Print the first example; what is learnt is green on a terminal, between [[ and ]] elsewhere."""
-    coloured = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    start, end = ("\x1b[32m", "\x1b[0m") if coloured else ("[[", "]]")
+def open_replay(
+    config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, data: Data
+) -> tuple[WindowLoader | None, ValidationWindows | None]:
+    """Pretraining text to mix in, and its held-out split, on which forgetting is measured; None where there is none."""
+    if config.replay_data is None:
+        return None, None
+    dataset = Dataset(config.replay_data)
+    if dataset.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(f"{config.replay_data}: its tokenizer is not the checkpoint's; prepare it with --tokenizer DIR")
+    validation = ValidationWindows(dataset, block_size, max(1, 8192 // block_size), config.eval_tokens)
+    if config.replay == 0 or config.replay_weight == 0:
+        return None, validation
+    lengths = [2 * item.length if isinstance(item, Pair) else item.length for item in data.training]
+    tokens = config.batch_size * sum(lengths) / len(lengths)
+    windows = max(1, round(config.replay / (1 - config.replay) * tokens / block_size))
+    print(f"replay: {windows} windows of {block_size} tokens of pretraining text in a step", file=sys.stderr)
+    return WindowLoader(dataset, "train", block_size, windows, config.seed), validation
+
+
+def answers_loader(config: FinetuneOptions, data: Data, block_size: int, replay: WindowLoader | None) -> ConversationLoader:
+    options = {"packing": config.packing, "replay": replay, "replay_weight": config.replay_weight}
+    return ConversationLoader(data.training, data.mixture, config.batch_size, block_size, **options)
+
+
+def pairs_loader(config: FinetuneOptions, data: Data, reference: torch.Tensor, replay: WindowLoader | None) -> PairLoader:
+    return PairLoader(data.training, reference, data.mixture, config.batch_size, replay, config.replay_weight)
+
+
+def marked(example: Example | Pair, tokenizer: Tokenizer, on_terminal: bool) -> list[str]:
+    """An example's text; what is learnt is green on a terminal, between [[ and ]] elsewhere. Of a pair, both answers."""
+    if isinstance(example, Pair):
+        sides = zip(("chosen: ", "rejected: "), example, strict=True)
+        return [name + line for name, side in sides for line in marked(side, tokenizer, on_terminal)]
+    start, end = ("\x1b[32m", "\x1b[0m") if on_terminal and "NO_COLOR" not in os.environ else ("[[", "]]")
     text = ""
-    for learnt, group in groupby(zip(*tokens, strict=True), key=lambda pair: pair[1]):
+    for learnt, group in groupby(zip(example.ids.tolist(), example.learnt.tolist(), strict=True), key=lambda pair: pair[1]):
         piece = tokenizer.decode(token for token, _ in group)
         text += f"{start}{piece}{end}" if learnt else piece
-    print(f"the first example, what is learnt in {'green' if coloured else '[[ ]]'}: {text}", file=sys.stderr)
+    return [text]
 
 
 def report(
-    model: GPT, tokenizer: Tokenizer, test: list[Conversation], control: list[Conversation], dtype: torch.dtype, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    test: list[Conversation],
+    control: list[Conversation],
+    dtype: torch.dtype,
+    config: FinetuneOptions,
 ) -> None:
-    """Ask the held-out questions and print, on standard output, a table by kind, ten of the answers, and the exact match."""
+    """Print, on standard output, what was forgotten, and of the held-out questions a table by kind, ten of the answers, and
+    the exact match."""
+    bits = [line["replay_bpb"] for line in read_metrics(config.out_dir / "metrics.jsonl") if "replay_bpb" in line]
+    if bits:
+        change = bits[-1] / bits[0] - 1
+        print(f"held-out text of {config.replay_data}: {bits[0]:.4f} bits per byte before, {bits[-1]:.4f} after ({change:+.1%})")
     if control:
         answers = answer_questions(model, tokenizer, control, model.config.block_size, dtype)
         print(f"never told, so guessed: exact match {exact_match_line(answers)}\n")
     if test:
         answers = answer_questions(model, tokenizer, test, model.config.block_size, dtype)
         print(exact_match_table(answers) + "\n")
-        for answer in random.Random(seed).sample(answers, min(10, len(answers))):
+        for answer in random.Random(config.seed).sample(answers, min(10, len(answers))):
             question, right = (message.content for message in answer.conversation.messages[-2:])
             verdict = "right" if answer.correct else f"wrong, it is {right}"
             print(f"{question} -> {answer.text}   {verdict}")

@@ -243,6 +243,8 @@ class Attention(nn.Module):
 
 def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     """The outputs of several linear layers for the same x (..., C), side by side."""
+    if any(type(layer) is not nn.Linear for layer in layers):  # one with an adapter, say, has more to it than its weight
+        return torch.cat([layer(x) for layer in layers], dim=-1)
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
 
@@ -355,7 +357,7 @@ class HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(x), device=x.device)
         needs_grad = any(ctx.needs_input_grad)
         grad_x = torch.empty_like(x) if needs_grad else None
-        grad_table = torch.zeros_like(table) if needs_grad else None
+        grad_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None  # not of a frozen head
         rows = max(1, HeadLoss.CHUNK // vocab_size)
         for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
             xi, ignored = x[part].to(dtype), targets[part] == -100
@@ -373,7 +375,8 @@ class HeadLoss(torch.autograd.Function):
                     grad.mul_(tanh.square_().neg_().add_(1))
                 grad = grad.to(dtype)
                 grad_x[part] = grad @ head
-                grad_table[:vocab_size] += grad.T @ xi
+                if grad_table is not None:
+                    grad_table[:vocab_size] += grad.T @ xi
         ctx.save_for_backward(grad_x, grad_table, largest)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum() * largest, losses  # a product would be rounded to bfloat16 under autocast
@@ -382,7 +385,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_table, largest = ctx.saved_tensors
         factor = factor * largest
-        return grad_x * factor, grad_table * factor, None, None, None, None
+        return grad_x * factor, None if grad_table is None else grad_table * factor, None, None, None, None
 
 
 def positions(doc_ids: Tensor) -> Tensor:
@@ -483,7 +486,9 @@ class GPT(nn.Module):
     def _head_loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         x = x.flatten(0, 1)  # (B T, C)
-        return HeadLoss.apply(x, self.head_weight, targets.flatten(), weights.flatten(), c.vocab_size, c.logit_softcap)
+        # A head with an adapter is a wider one: its table and x have more columns (papagaio/lora.py).
+        x, table = self.head.widen(x) if hasattr(self.head, "widen") else (x, self.head_weight)
+        return HeadLoss.apply(x, table, targets.flatten(), weights.flatten(), c.vocab_size, c.logit_softcap)
 
     def hidden(self, ids: Tensor, doc_ids: Tensor | None = None) -> Tensor:
         """The residual stream (B, T, C) after the last block and its norm, which the head turns into logits."""
@@ -534,7 +539,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Head: hidden states (..., C) -> logits (..., V), the padded ids cut off."""
-        logits = F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        logits = (F.linear(x, self.head_weight) if self.head is None else self.head(x))[..., : self.config.vocab_size]
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -29,7 +29,7 @@ from papagaio.tokenizer import END, END_OF_TEXT
 
 
 def main(config: SampleOptions) -> None:
-    checkpoint = open_checkpoint(config.checkpoint)
+    checkpoint = open_checkpoint(config.checkpoint, config.base)
     tokenizer = checkpoint.tokenizer
     prompt = config.prompt
     if prompt == "-":

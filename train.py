@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +94,7 @@ from papagaio.dial import by_budget, by_depth
 from papagaio.dryrun import dry_run, seconds_per_step
 from papagaio.evaluation import evaluate_loss
 from papagaio.generate import generate
-from papagaio.loader import Ahead, Batch, Loader, ValidationWindows, WindowLoader, mix
+from papagaio.loader import Ahead, Loader, Objective, ValidationWindows, WindowLoader, likelihood, mix
 from papagaio.metrics import RunLog
 from papagaio.optim import make_optimizers, schedule, set_learning_rate
 from papagaio.plots import plot_losses
@@ -127,7 +127,9 @@ def main(config: TrainOptions) -> None:
         tokens = generate(model, [start], options, block_size=config.block_size, banned=banned, end=[start], device=device)
         return tokenizer.decode(tokens)
 
-    fit(model, loader, validation, preview, tokenizer, config, stage="pretrain")
+    dtype = runtime.pick_dtype(config.dtype, device)
+    facts = {"stage": "pretrain"}
+    fit(model, loader, lambda: evaluate_loss(model, validation, tokenizer, dtype), preview, tokenizer, config, facts)
 
 
 def make_model(config: TrainOptions, tokenizer: Tokenizer) -> GPT:
@@ -180,25 +182,27 @@ def turn_the_dial(config: TrainOptions, dataset: Dataset, device: torch.device) 
 def fit(
     model: GPT,
     loader: Loader,
-    validation: Iterable[Batch],
+    evaluate: Callable[[], dict[str, float]],
     preview: Callable[[], str],
     tokenizer: Tokenizer,
     config: RunOptions,
-    stage: str,
-) -> None:
-    """Train `model` in place for config.max_steps. Pretraining and fine-tuning are this loop.
+    facts: dict[str, Any],
+    objective: Objective = likelihood,
+) -> dict[str, Any]:
+    """Train `model` in place for config.max_steps; returns the state at the end. Pretraining and fine-tuning are this loop.
 
     `loader(step)` gives the batches of an optimizer step, whose weights sum to 1, `loader.epochs(step)` the passes over the
-    data until then; the loss is measured on `validation`;
-    `preview()` is shown at each evaluation; `stage` is noted in the checkpoints. Writes config.toml, metrics.jsonl, loss.png
-    and checkpoints/ in config.out_dir. On SIGINT and SIGTERM it saves and ends the process with 128 + the signal.
+    data until then; `objective(model, batch)` is the loss. `evaluate()` gives val_loss, and what else there is to measure;
+    `preview()` is shown with it. `facts` (stage, base) are noted in the checkpoints; a run resumes only with the same ones.
+    Writes config.toml, metrics.jsonl, loss.png and checkpoints/ in config.out_dir. On SIGINT and SIGTERM it saves and ends
+    the process with 128 + the signal.
     """
     device = next(model.parameters()).device
     dtype = runtime.pick_dtype(config.dtype, device)
     peak = runtime.peak_flops(device)
     runtime.keep_memory()
     optimizers = make_optimizers(model, config)
-    state = open_run(model, optimizers, tokenizer, config, stage)
+    state = open_run(model, optimizers, tokenizer, config, facts)
     loss_sum = torch.tensor(state["loss_sum"], device=device)  # of the steps since the last line in metrics.jsonl
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 has no numbers for small gradients
     if scaler.is_enabled() and state["loss_scale"]:
@@ -211,19 +215,14 @@ def fit(
     with runtime.StopSignal() as stop, RunLog(config, state["step"]) as log, Ahead(loader, device) as batches:
         clock, clock_tokens = time.perf_counter(), 0
         while True:
-            step, last = state["step"], state["step"] == config.max_steps
-            improved = False
+            step, improved = state["step"], False
+            last = step == config.max_steps or gave_up(state, config)
             if (step % config.eval_interval == 0 or last) and state["evaluated"] != step and not stop.received:
                 paused = time.perf_counter()
-                found = evaluate_loss(model, validation, tokenizer, dtype)
+                found = evaluate()
                 log.log(step, state["tokens"], epoch=loader.epochs(step), **found)
-                improved = state["best_val_loss"] is None or found["val_loss"] < state["best_val_loss"]
-                state["evaluated"] = step
-                if improved:
-                    state |= {"best_val_loss": found["val_loss"], "best_step": step, "best_train_loss": state["train_loss"]}
-                elif not state["warned"] and overfits(found["val_loss"], state):
-                    log.say(overfitting_notice(found["val_loss"], state, loader.epochs(step)))
-                    state["warned"] = True
+                improved = note_evaluation(found["val_loss"], state, loader.epochs(step), log)
+                last = last or gave_up(state, config)
                 if config.sample_tokens:
                     log.say("  | " + preview().replace("\n", "\n  | "))
                 clock += time.perf_counter() - paused
@@ -231,6 +230,7 @@ def fit(
             checkpoint_due = config.checkpoint_interval and step and step % config.checkpoint_interval == 0
             if checkpoint_due or (improved and step) or last or stop.received:
                 state |= {"loss_sum": float(loss_sum), "loss_scale": scaler.state_dict() or None}
+                state["stopped_early"] = last and step < config.max_steps
                 path = save_checkpoint(config.out_dir / "checkpoints", model, asdict(model.config), optimizers, state, tokenizer)
                 point_to(path, "last")
                 if improved:
@@ -248,7 +248,7 @@ def fit(
                 clock_tokens += batch.ids.numel()
                 for micro in batch.split(config.micro_batch_size or config.batch_size):
                     with runtime.autocast(device, dtype):
-                        loss = model(*micro.to(device))
+                        loss = objective(model, micro.to(device))
                     scaler.scale(loss).backward()
                     loss_sum += loss.detach()
             for optimizer in optimizers:
@@ -280,6 +280,31 @@ def fit(
     if stop.received:
         print(f"stopped by a signal; saved at step {state['step']}, --resume continues", file=sys.stderr)
         sys.exit(128 + stop.received)
+    if state["stopped_early"]:
+        print(
+            f"stopped early: no lower validation loss in {config.patience} evaluations since step {state['best_step']:,}; "
+            "checkpoints/best, which is what the run's directory now means, keeps that step",
+            file=sys.stderr,
+        )
+    return state
+
+
+def gave_up(state: dict[str, Any], config: RunOptions) -> bool:
+    """Whether as many evaluations as config.patience have brought no lower validation loss."""
+    return bool(config.patience) and state["unimproved"] >= config.patience
+
+
+def note_evaluation(val_loss: float, state: dict[str, Any], epochs: float, log: RunLog) -> bool:
+    """Take a validation loss into the state, say if it tells of overfitting; whether it is the lowest so far."""
+    state["evaluated"] = state["step"]
+    if state["best_val_loss"] is None or val_loss < state["best_val_loss"]:
+        state |= {"best_val_loss": val_loss, "best_step": state["step"], "best_train_loss": state["train_loss"], "unimproved": 0}
+        return True
+    state["unimproved"] += 1
+    if not state["warned"] and overfits(val_loss, state):
+        log.say(overfitting_notice(val_loss, state, epochs))
+        state["warned"] = True
+    return False
 
 
 def overfits(val_loss: float, state: dict[str, Any]) -> bool:
@@ -299,24 +324,32 @@ def overfitting_notice(val_loss: float, state: dict[str, Any], epochs: float) ->
     )
 
 
+OURS = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged")  # what a run writes
+
+
+def refuse_existing(config: RunOptions) -> None:
+    """Raises UserError where there is a run already and neither --resume nor --overwrite is given."""
+    if any((config.out_dir / name).exists() for name in OURS) and not (config.overwrite or config.resume):
+        raise UserError(f"{config.out_dir}: a run is there already; add --resume to continue it, or --overwrite to replace it")
+
+
 def open_run(
-    model: GPT, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer, config: RunOptions, stage: str
+    model: GPT, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer, config: RunOptions, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Make config.out_dir ready and return the state to start from: a new run's, or with --resume the last checkpoint's.
 
     Raises UserError where there is a run already and neither --resume nor --overwrite is given, or where the checkpoint is
     of another model, tokenizer, seed or stage.
     """
-    ours = [config.out_dir / name for name in ("config.toml", "metrics.jsonl", "loss.png", "checkpoints")]
-    state = {"step": 0, "tokens": 0, "stage": stage, "optimizer": config.optimizer}
-    state |= {"seed": config.seed, "batch_size": config.batch_size}
+    fixed = facts | {"optimizer": config.optimizer, "seed": config.seed, "batch_size": config.batch_size}
+    state = {"step": 0, "tokens": 0} | fixed
     progress = {"logged": 0, "loss_sum": 0.0, "loss_scale": None, "train_loss": None, "evaluated": None, "warned": False}
-    progress |= {"best_val_loss": None, "best_step": 0, "best_train_loss": None}
-    if config.resume and (config.out_dir / "checkpoints" / "last").exists():
-        checkpoint = open_checkpoint(config.out_dir)
-        fixed = ("stage", "optimizer", "seed", "batch_size")
-        found = {key: checkpoint.state[key] for key in fixed} | checkpoint.model_fields
-        wanted = {key: state[key] for key in fixed} | asdict(model.config)
+    progress |= {"best_val_loss": None, "best_step": 0, "best_train_loss": None, "unimproved": 0, "stopped_early": False}
+    last = config.out_dir / "checkpoints" / "last"
+    if config.resume and last.exists():
+        checkpoint = open_checkpoint(last)
+        found = checkpoint.state | checkpoint.model_fields
+        wanted = fixed | asdict(model.config)
         for key in wanted:
             if found.get(key) != wanted[key]:
                 raise UserError(f"{checkpoint.path}: {key} was {found.get(key)!r}, now it is {wanted[key]!r}; resume as it was")
@@ -326,11 +359,10 @@ def open_run(
             raise UserError(f"{checkpoint.path}: already beyond --max_steps={config.max_steps}")
         checkpoint.load_model(model)
         checkpoint.load_optimizers(model, optimizers)
-        state, progress = checkpoint.state, {}
-    elif any(path.exists() for path in ours) and not (config.overwrite or config.resume):
-        raise UserError(f"{config.out_dir}: a run is there already; add --resume to continue it, or --overwrite to replace it")
+        state, progress = checkpoint.state, {key: value for key, value in progress.items() if key not in checkpoint.state}
     else:
-        for path in ours:
+        refuse_existing(config)
+        for path in (config.out_dir / name for name in OURS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     config.out_dir.mkdir(parents=True, exist_ok=True)
     options = config.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"}, exclude_none=True)

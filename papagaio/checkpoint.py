@@ -2,11 +2,15 @@
 
 run/checkpoints/step-1000/   model.safetensors, model.json, optimizer.safetensors, state.json, tokenizer/, manifest.json
 run/checkpoints/last, best   small text files with the name of one of them
+
+Of a run with adapters (papagaio/lora.py) a checkpoint holds adapter_model.safetensors and adapter_config.json in place of
+model.safetensors, and its state names the base that they belong to by its sha256.
 """
 
 import json
 import os
 import shutil
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from papagaio.config import MachineError, UserError
+from papagaio.lora import adapter_state, adapters, load_adapters, merged
 from papagaio.shards import file_sha256
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
@@ -28,13 +33,22 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     state: dict[str, Any],
     tokenizer: Tokenizer,
+    name: str | None = None,
 ) -> Path:
-    """Write checkpoints/step-N, N being state["step"], and return its path. Equal states give equal files."""
-    final = checkpoints / f"step-{state['step']}"
+    """Write checkpoints/step-N, N being state["step"], or checkpoints/name, and return its path. Equal states give equal files.
+
+    Of a model with adapters these alone are saved.
+    """
+    final = checkpoints / (name or f"step-{state['step']}")
     temporary = checkpoints / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary / "model.safetensors")
+    if adapters(model):
+        tensors, adapter_config = adapter_state(model)
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(temporary / "adapter_config.json", adapter_config)
+    else:
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
     _write_json(temporary / "model.json", model_fields)
     _write_json(temporary / "state.json", state)
@@ -76,17 +90,33 @@ class Checkpoint:
     model_fields: dict[str, Any]
     state: dict[str, Any]
     tokenizer: Tokenizer
+    weights_sha256: str  # of the file of weights, or of adapters
+    base: "Checkpoint | None" = None  # what the adapters belong to, where it holds such
 
     def load_model(self, model: nn.Module) -> None:
-        """Copy the saved weights into a model. Raises UserError where the shapes differ, MachineError for NaN in them."""
-        tensors = _load_tensors(self.path / "model.safetensors")
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise MachineError(f"{self.path / 'model.safetensors'}: {name} holds numbers that are not finite")
+        """Copy the saved weights into a model; adapters are added into them, or put into a model that has such itself.
+
+        Raises UserError where the shapes differ, MachineError for weights that are not finite.
+        """
         try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UserError(f"{self.path}: the weights do not fit model.json: {error}") from None
+            if self.base is not None and adapters(model):
+                load_adapters(model, _load_tensors(self.path / "adapter_model.safetensors"))
+            else:
+                model.load_state_dict(self._tensors())
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, (UserError, MachineError)):
+                raise
+            raise UserError(f"{self.path}: the weights do not fit the model: {error}") from None
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        if self.base is None:
+            return _load_tensors(self.path / "model.safetensors")
+        path = self.path / "adapter_config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return merged(self.base._tensors(), _load_tensors(self.path / "adapter_model.safetensors"), config)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"{path}: not a configuration of adapters ({error!r})") from None
 
     def load_optimizers(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """Restore what `save_checkpoint` stored of the optimizers. Raises UserError where they are others."""
@@ -101,12 +131,14 @@ class Checkpoint:
             raise UserError(f"{self.path}: made with another optimizer; resume with the run's own options")
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint directory, a `last` or `best` file, or a run (its last checkpoint), and verify its files.
+def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
+    """Open a checkpoint directory, a `last` or `best` file, or a run, and verify its files.
 
-    Raises UserError where it is none of these, or damaged: the file is named.
+    Of a run it is the last checkpoint, of one that stopped early the best. Adapters need the checkpoint that they were made
+    for: `base`, or what their run's config.toml names. Raises UserError where it is none of these, or damaged: the file is
+    named.
     """
-    path = resolve(path)
+    run, path = path, resolve(path)
     try:
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name, sha256 in files.items():
@@ -114,13 +146,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 raise UserError(f"{path / name}: changed or cut short since it was written; take another checkpoint")
         fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        adapted = "adapter_model.safetensors" in files
+        weights_sha256 = files["adapter_model.safetensors" if adapted else "model.safetensors"]
+        best = run / "checkpoints" / "best"
+        if state.get("stopped_early") and best.is_file():
+            return open_checkpoint(best, base)
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}; a checkpoint has this file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a whole checkpoint ({error!r})") from None
-    return Checkpoint(path, fields, state, load_tokenizer(path / "tokenizer"))
+    tokenizer = load_tokenizer(path / "tokenizer")
+    return Checkpoint(path, fields, state, tokenizer, weights_sha256, _base(path, state, base) if adapted else None)
+
+
+def _base(path: Path, state: dict[str, Any], base: Path | None) -> Checkpoint:
+    """The checkpoint that the adapters in `path` were made for. Raises UserError where it is not to be found, or another."""
+    config = path.parent.parent / "config.toml"
+    if base is None and config.is_file():
+        try:
+            base = Path(tomllib.loads(config.read_text(encoding="utf-8"))["init_from"])
+        except (ValueError, KeyError, TypeError):
+            base = None
+    if base is None or not base.exists():
+        tried = f"; it is not at {base} any more" if base is not None else ""
+        raise UserError(f"{path}: adapters alone; name the checkpoint that they were made for with --base{tried}")
+    found = open_checkpoint(base)
+    if found.weights_sha256 != state.get("base_sha256"):
+        raise UserError(f"{path}: adapters for another base than {found.path}; name the one they were made for with --base")
+    return found
 
 
 def resolve(path: Path) -> Path:
@@ -150,9 +205,13 @@ def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise MachineError(f"{path}: {name} holds numbers that are not finite")
+    return tensors
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

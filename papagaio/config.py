@@ -79,6 +79,7 @@ class RunOptions(Options):
     eval_tokens: int = option(
         0, "tokens of the validation split, always the same ones, spread over it (0: the whole split)", ge=0
     )
+    patience: int = option(0, "stop after so many evaluations in a row without a lower validation loss (0: never)", ge=0)
     sample_tokens: int = option(48, "longest text shown at each evaluation, in tokens (0: off)", ge=0)
     checkpoint_interval: int = option(1000, "steps between checkpoints; also at the end (0: only there)", ge=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
@@ -110,6 +111,7 @@ class SamplingOptions(Options):
     """How the next token is drawn; shared by sample.py and chat.py."""
 
     checkpoint: Path = option(..., "a run (its last checkpoint is taken), or a checkpoint directory")
+    base: Path | None = option(None, "the checkpoint that adapters (LoRA) belong to, where it has moved since")
     max_new_tokens: int = option(256, "longest completion, in tokens", ge=1)
     temperature: float = option(0.8, "divides the logits: 0 is greedy, 1 the model's own distribution", ge=0)
     top_k: int = option(0, "keep the k most probable tokens (0: off)", ge=0)

@@ -1,22 +1,22 @@
-"""Conversations: from JSON lines to token ids and the mask of what is learnt.
+"""Conversations: messages -> token ids and the mask of what is learnt.
 
 {"question": "What is the currency of Brazil?", "answer": "Brazilian real."}
 
 <|endoftext|><|user|>What is the currency of Brazil?<|end|><|assistant|>Brazilian real.<|end|>
                                                                        ^^^^^^^^^^^^^^^^^^^^^^^ learnt: answer and its end
+
+The files they come from are read in papagaio/conversations.py.
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from papagaio.config import UserError
 from papagaio.tokenizer import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER, Tokenizer
 
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+Taught = Literal["all", "last"]  # which of the assistant's turns are learnt
 
 
 class Message(BaseModel):
@@ -27,32 +27,84 @@ class Message(BaseModel):
     role: Literal["system", "user", "assistant"]
     content: str
 
+    @field_validator("content")
+    @classmethod
+    def _whole_characters(cls, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a surrogate pair at character {error.start}") from None
+        return text
+
 
 class Conversation(BaseModel):
-    """Messages, the kind of question if the file tells, and the place they came from (file:line)."""
+    """Messages, and what the file tells about them: weight of the loss, kind of question, language, place (file:line)."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     messages: list[Message] = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
     kind: str = "all"
+    language: str = "en"
     place: str = ""
 
     @property
     def said(self) -> str:
-        """All contents in a row: what tells one conversation from another."""
-        return "\0".join(message.content for message in self.messages)
+        """All roles and contents in a row: what tells one conversation from another."""
+        return "\0".join(f"{message.role}\0{message.content}" for message in self.messages)
+
+    @property
+    def answer(self) -> str:
+        """What the assistant says at the end."""
+        return self.messages[-1].content
+
+    @property
+    def has_empty_answer(self) -> bool:
+        return any(not message.content.strip() for message in self.messages if message.role == "assistant")
 
     @model_validator(mode="after")
     def _turns(self) -> "Conversation":
-        roles = [message.role for message in self.messages]
-        turns = roles[1:] if roles[0] == "system" else roles
-        if not turns or turns[-1] != "assistant":
-            raise ValueError("the last message must be the assistant's")
-        if turns != ["user", "assistant"] * (len(turns) // 2):
-            raise ValueError("after an optional system message, user and assistant must take turns, the user first")
-        if any(not message.content.strip() for message in self.messages if message.role == "assistant"):
-            raise ValueError("an empty answer")
+        check_turns(self.messages, "assistant")
         return self
+
+
+class Preference(BaseModel):
+    """Messages up to a question, and two answers, the better one first."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    messages: list[Message] = Field(min_length=1)
+    chosen: Message
+    rejected: Message
+    place: str = ""
+
+    @property
+    def said(self) -> str:
+        texts = [f"{message.role}\0{message.content}" for message in (*self.messages, self.chosen, self.rejected)]
+        return "\0".join(texts)
+
+    @property
+    def has_empty_answer(self) -> bool:
+        return not (self.chosen.content.strip() and self.rejected.content.strip())
+
+    @model_validator(mode="after")
+    def _turns(self) -> "Preference":
+        check_turns(self.messages, "user")
+        if {self.chosen.role, self.rejected.role} != {"assistant"}:
+            raise ValueError("chosen and rejected must be the assistant's")
+        if self.chosen.content == self.rejected.content:
+            raise ValueError("chosen and rejected are the same")
+        return self
+
+
+def check_turns(messages: Sequence[Message], last: str) -> None:
+    """Raises ValueError unless user and assistant take turns, the user first, after at most one system message."""
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or turns[-1] != last:
+        raise ValueError(f"the last message must be the {last}'s")
+    if turns != [("user", "assistant")[i % 2] for i in range(len(turns))]:
+        raise ValueError("after an optional system message, user and assistant must take turns, the user first")
 
 
 class Tokens(NamedTuple):
@@ -62,64 +114,17 @@ class Tokens(NamedTuple):
     learnt: list[bool]
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """Every conversation of a JSON lines file. Raises UserError naming file and line."""
-    conversations = []
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a file of questions and answers in JSON lines is needed") from None
-    for number, line in enumerate(data.splitlines(), 1):
-        place = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8 at byte {error.start} of the line") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-        conversations.append(_conversation(value, place))
-    if not conversations:
-        raise UserError(f"{path}: no questions and answers in there")
-    return conversations
-
-
-def _conversation(value: Any, place: str) -> Conversation:
-    """Recognise one of the four shapes by its keys."""
-    messages: Any
-    match value:
-        case {"messages": messages}:
-            pass
-        case {"question": question, "answer": answer} | {"prompt": question, "completion": answer}:
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        case {"instruction": str(question), "output": answer}:
-            if isinstance(value.get("input"), str) and value["input"].strip():
-                question = f"{question}\n\n{value['input']}"
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        case _:
-            raise UserError(
-                f"{place}: none of the shapes with messages; question and answer; prompt and completion; "
-                "instruction, input and output"
-            )
-    try:
-        return Conversation(messages=messages, kind=str(value.get("kind", "all")), place=place)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{place}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from None
-
-
-def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Tokens:
+def render(tokenizer: Tokenizer, messages: Sequence[Message], train_on: Taught = "all") -> Tokens:
     """The chat template: <|endoftext|>, then for each message its role token, its content as ordinary text, <|end|>.
 
-    Learnt are the assistants' contents and the <|end|> after them.
+    Learnt are the assistant's contents and the <|end|> after them; with train_on="last" those of the last message alone.
     """
     ids, learnt = [tokenizer.special[END_OF_TEXT]], [False]
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         content = [*tokenizer.encode(message.content), tokenizer.special[END]]
+        taught = message.role == "assistant" and (train_on == "all" or number == len(messages))
         ids += [tokenizer.special[ROLE_TOKENS[message.role]], *content]
-        learnt += [False] + [message.role == "assistant"] * len(content)
+        learnt += [False] + [taught] * len(content)
     return Tokens(ids, learnt)
 
 

@@ -49,7 +49,7 @@ def memory_parts(make_model: Callable[[], nn.Module], config: RunOptions, micro:
     chunk = min(2**19, micro.ids.numel() * model.config.vocab_size)
     return {
         "weights": sum(weights.values()),
-        "gradients": sum(weights.values()),
+        "gradients": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
         "optimizer": moments,
         "activations": sum(size for key, size in kept.items() if key not in weights),
         "logits": 3 * 4 * chunk,

@@ -60,6 +60,14 @@ class Loader(Protocol):
         ...
 
 
+Objective = Callable[[Any, Any], Tensor]  # (model, batch) -> the loss, a scalar
+
+
+def likelihood(model: Any, batch: Batch) -> Tensor:
+    """The loss of next-token prediction: what pretraining and fine-tuning minimise."""
+    return model(*batch)
+
+
 class WindowLoader:
     """Training windows of a dataset's split: `loader(step)` is the batch of an optimizer step, in a list of one.
 

@@ -97,8 +97,10 @@ def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Op
             group(vectors, head_rate),
             group(gates, config.embedding_learning_rate),
         ]
-        muon = Muon([named[name] for name in hidden], config.learning_rate, config.muon_momentum, config.weight_decay)
-        optimizers = [adamw(groups, eps=1e-10), muon]
+        optimizers = [adamw(groups, eps=1e-10)] if any(g["params"] for g in groups) else []
+        if hidden:  # unless frozen
+            muon = Muon([named[name] for name in hidden], config.learning_rate, config.muon_momentum, config.weight_decay)
+            optimizers.append(muon)
     for optimizer in optimizers:
         for each in optimizer.param_groups:
             each["peak_lr"] = each["lr"]

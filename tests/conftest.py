@@ -1,5 +1,6 @@
 """What several test files share: the scripts run as a user runs them, and a small trained model to try them on."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from papagaio.config import parse, run
 from papagaio.shards import SPLITS, Dataset, ShardWriter, token_dtype
 from papagaio.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 Script = Callable[..., subprocess.CompletedProcess]
+Call = Callable[..., tuple[int, str, str]]
 NAMES = [a + b for a in ("Ara", "Bel", "Cor", "Dun", "Eli", "Fen") for b in ("dor", "mia", "nia", "vale", "burg")]
 COLOURS = ["red", "blue", "green", "gold"]
 
@@ -35,6 +38,20 @@ def script() -> Script:
         return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """`call("sample", "--seed=1")` runs a script's main in this process: (status, standard output, standard error)."""
+
+    def run_script(name: str, *argv: object) -> tuple[int, str, str]:
+        module = importlib.import_module(name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(module.main, parse(getattr(module, f"{name.capitalize()}Options"), [str(word) for word in argv]))
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    return run_script
 
 
 def make_dataset(

@@ -1,38 +1,18 @@
 """A user's mistakes, script by script: one line that names what is wrong, status 2 (1 for the machine), no file changed."""
 
-import importlib
 import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Script
+from conftest import Call, Script
 from safetensors.torch import load_file, save_file
 
-from papagaio.config import parse, run
 from papagaio.shards import file_sha256
-
-OPTIONS = {"train": "TrainOptions", "finetune": "FinetuneOptions", "sample": "SampleOptions", "chat": "ChatOptions"}
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """`call("sample", "--seed=1")` runs a script's main in this process: (status, standard output, standard error)."""
-
-    def run_script(name: str, *argv: object) -> tuple[int, str, str]:
-        module = importlib.import_module(name)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run(module.main, parse(getattr(module, OPTIONS[name]), [str(word) for word in argv]))
-        return (int(end.value.code or 0), *capsys.readouterr())
-
-    return run_script
 
 
 def snapshot(directory: Path) -> dict[str, str]:
@@ -66,6 +46,37 @@ def corner(world: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
     (home / "good.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
     (home / "long.jsonl").write_text(json.dumps({"question": "q" * 5000, "answer": "a"}) + "\n")
     (home / "run.toml").write_text("# a comment\nmax_stepz = 3\n")
+    plain = {"question": "q", "answer": "a"}
+    turns = [{"role": "user", "content": "q"}]
+    for name, row in {
+        "key": {"question": "q"},
+        "role": {"messages": [*turns, {"role": "robot", "content": "a"}]},
+        "twice": {"messages": [*turns, *turns, {"role": "assistant", "content": "a"}]},
+        "number": {"question": "q", "answer": 3},
+        "unanswered": {"messages": turns},
+        "weightless": plain | {"weight": -1},
+        "pair": {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "same": {"prompt": "q", "chosen": "a", "rejected": "a"},
+        "quiz": {"question": "q", "choices": ["a", "b"], "answer": "c"},
+    }.items():
+        (home / f"{name}.jsonl").write_text(json.dumps(plain) + "\n" + json.dumps(row) + "\n")
+    (home / "pairs.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n")
+    (home / "empty.jsonl").write_text(json.dumps(plain | {"answer": " "}) + "\n")
+    (home / "all_long.jsonl").write_text("".join(json.dumps({"question": "q" * 5000, "answer": str(i)}) + "\n" for i in range(9)))
+    (home / "table.csv").write_text("question,answer\nq,a\nq\n")
+    (home / "list.json").write_text('[{"question": "q", "answer": "a"},\n{"question": "q"}]')
+    adapters = [
+        "--init_from",
+        world / "base",
+        "--data",
+        world / "qa_train.jsonl",
+        "--lora_rank=2",
+        "--max_steps=1",
+        "--sample_tokens=0",
+    ]
+    done = script("finetune.py", *adapters, "--out_dir", home / "lora")
+    assert done.returncode == 0, done.stderr
+    (home / "lora" / "config.toml").write_text('init_from = "gone"')
     return home
 
 
@@ -103,13 +114,13 @@ CASES = [
         "finetune",
         "--init_from={w}/base --data={c}/good.jsonl --val_data={c}/long.jsonl --out_dir={c}/out",
         2,
-        "long.jsonl:1: every conversation is longer",
+        "long.jsonl:1: longer than the context of 64 tokens; no conversation is left to validate with",
     ),
     (
         "finetune",
         "--init_from={w}/base --data={c}/good.jsonl --out_dir={c}/out --val_fraction=0.0001",
         2,
-        "too few conversations",
+        "good.jsonl:2: a duplicate; no conversation is left to validate with",
     ),
     (
         "finetune",
@@ -123,6 +134,72 @@ CASES = [
         2,
         "a run is there already",
     ),
+    *(
+        ("finetune", f"--init_from={{w}}/base --out_dir={{c}}/out --data {{c}}/{name}", 2, message)
+        for name, message in (
+            ("key.jsonl", "key.jsonl:2: the keys question: none of the shapes with messages; question and answer"),
+            ("role.jsonl", "role.jsonl:2: messages.1.role: Input should be 'system', 'user' or 'assistant'"),
+            ("twice.jsonl", "twice.jsonl:2: after an optional system message, user and assistant must take turns"),
+            ("number.jsonl", "number.jsonl:2: messages.1.content: Input should be a valid string"),
+            ("unanswered.jsonl", "unanswered.jsonl:2: the last message must be the assistant's"),
+            ("weightless.jsonl", "weightless.jsonl:2: weight: Input should be greater than 0"),
+            ("pair.jsonl", "pair.jsonl:2: chosen and rejected answers and plain ones in one file"),
+            ("same.jsonl", "same.jsonl:2: chosen and rejected are the same"),
+            ("empty.jsonl", "empty.jsonl:1: empty answer; nothing is left to learn from"),
+            ("all_long.jsonl", "all_long.jsonl:1: longer than the context of 64 tokens; nothing is left to learn"),
+            ("all_long.jsonl --too_long=truncate", "all_long.jsonl:1: no room for an answer in the context of 64"),
+            ("table.csv", "table.csv:3: 2 columns are needed"),
+            ("list.json", "list.json:2: the keys question: none of the shapes"),
+            ("good.jsonl:0", "good.jsonl:0: the weight after the colon must be a positive number"),
+            ("good.jsonl:many", "good.jsonl:many: no such file"),
+            ("good.jsonl {c}/pairs.jsonl --val_data={w}/qa_test.jsonl", "rows do not go together"),
+            ("pairs.jsonl --val_data={w}/qa_test.jsonl", "Conversation and Preference rows do not go together"),
+        )
+    ),
+    *(
+        (
+            "finetune",
+            f"--init_from={{w}}/base --data={{w}}/qa_train.jsonl --out_dir={{c}}/out --val_fraction=0.2 {more}",
+            2,
+            message,
+        )
+        for more, message in (
+            ("--lora_rank=2 --lora_targets q gate", "no linear layer named gate; it has fc head k proj q v"),
+            ("--lora_rank=2 --freeze_layers=1", "nothing else is left to freeze"),
+            ("--lora_merge", "lora_merge needs adapters"),
+            ("--freeze_layers=3", "--freeze_layers=3: the model has 2 blocks"),
+            ("--lora_rank=-1", "--lora_rank=-1"),
+            ("--replay=1", "--replay=1"),
+            ("--too_long=cut", "--too_long=cut"),
+        )
+    ),
+    ("finetune", "--init_from={c}/lora --data={w}/qa_train.jsonl --out_dir={c}/out", 2, "it is not at gone any more"),
+    ("finetune", "--init_from={c}/chars --data={w}/qa_train.jsonl --out_dir={c}/out", 2, "chars: a dataset, not a checkpoint"),
+    (
+        "finetune",
+        "--init_from={w}/base --data={w}/qa_train.jsonl --val_fraction=0.2 --out_dir={w}/chat --resume --lora_rank=2",
+        2,
+        "lora_rank was 0, now it is 2; resume as it was",
+    ),
+    (
+        "finetune",
+        "--init_from={c}/char_run --data={w}/qa_train.jsonl --out_dir={c}/out",
+        2,
+        "qa_train.jsonl:1: character 'W'",
+    ),
+    ("chat", "--checkpoint={c}/lora --base={c}/char_run --ask=hi", 2, "adapters for another base than"),
+    ("sample", "--checkpoint={c}/lora", 2, "adapters alone; name the checkpoint that they were made for with --base"),
+    ("evaluate", "--checkpoint={w}/base", 2, "nothing to measure"),
+    ("evaluate", "--checkpoint={c}/nowhere --questions={c}/good.jsonl", 2, "nowhere: no such run"),
+    ("evaluate", "--checkpoint={w}/base --questions={c}/nowhere.jsonl", 2, "nowhere.jsonl: no such file"),
+    ("evaluate", "--checkpoint={w}/base --questions={c}/broken.jsonl", 2, "broken.jsonl:2: not JSON"),
+    ("evaluate", "--checkpoint={w}/base --questions={c}/pairs.jsonl", 2, "pairs.jsonl:1: chosen and rejected answers, where"),
+    ("evaluate", "--checkpoint={w}/base --choices={c}/good.jsonl", 2, "good.jsonl:1: question, choices and answer are needed"),
+    ("evaluate", "--checkpoint={w}/base --choices={c}/quiz.jsonl", 2, "quiz.jsonl:1: question, choices and answer are needed"),
+    ("evaluate", "--checkpoint={w}/base --text={c}/chars", 2, "chars: its tokenizer is not that of"),
+    ("evaluate", "--checkpoint={w}/base --text={c}/nowhere.txt", 2, "nowhere.txt: no such file or directory"),
+    ("evaluate", "--checkpoint={w}/base --text={c}/flipped/model.safetensors", 2, "model.safetensors:1: not utf-8 at byte"),
+    ("evaluate", "--checkpoint={w}/base --text={w}/corpus.jsonl --json={c}/no/where.json", 2, "its directory does not exist"),
     ("sample", "--checkpoint={c}/nowhere", 2, "nowhere: no such run or checkpoint"),
     ("sample", "--checkpoint={w}/data", 2, "data: a dataset, not a checkpoint"),
     ("sample", "--checkpoint={w}", 2, "not a checkpoint (no manifest.json)"),

@@ -1,0 +1,122 @@
+"""LoRA: fine-tuning that leaves the weights W as they are and learns a small B A beside them (arXiv:2106.09685).
+
+    y = W x + (alpha / rank) B A x          A (rank, in), B (out, rank); B starts at zero, so that nothing changes at first
+
+What is learnt is saved alone, as PEFT does: adapter_model.safetensors and adapter_config.json can be read by
+`PeftModel.from_pretrained(model, directory)`. For use, `merged` adds it into W, so that it costs nothing.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TARGETS = ("q", "k", "v", "proj", "fc", "gate", "head")  # model.py's linear layers; proj is attention's and the MLP's
+PREFIX = "base_model.model."  # of PEFT's names
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer whose weight is frozen, with a learnt addition of low rank. Dropout is on what goes into A."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make another weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.weight.requires_grad_(False)
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
+
+    def widen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, in + rank) and a table (out, in + rank) whose product is `forward`: for the loss, which takes a head apart."""
+        low = self.scale * self.lora_A(self.dropout(x))
+        return torch.cat((x, low.to(x.dtype)), dim=-1), torch.cat((self.weight, self.lora_B.weight), dim=-1)
+
+
+def add_adapters(model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Freeze a model, and give each linear layer whose last name is in `targets` an adapter, in place.
+
+    Raises ValueError where the model has no such layer.
+    """
+    model.requires_grad_(False)
+    targets = set(targets)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and _last(name) in targets]
+    missing = targets - {_last(name) for name, _ in found}
+    if missing:
+        raise ValueError(f"this model has no linear layer named {', '.join(sorted(missing))}")
+    for name, module in found:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, _last(name), LoRALinear(module, rank, alpha, dropout))
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers of a model that have adapters, by name; none where it was not given any."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What PEFT calls adapter_model.safetensors and adapter_config.json: the learnt tensors, and how they are to be used."""
+    layers = adapters(model)
+    first = next(iter(layers.values()))
+    rank = first.lora_A.out_features
+    tensors = {
+        f"{PREFIX}{name}.lora_{part}.weight": getattr(layer, f"lora_{part}").weight
+        for name, layer in layers.items()
+        for part in "AB"
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": first.scale * rank,
+        "lora_dropout": first.dropout.p,
+        "target_modules": sorted({_last(name) for name in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+        "task_type": None,
+    }
+    return {name: tensor.detach() for name, tensor in tensors.items()}, config
+
+
+def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved adapters back into a model that has such. Raises ValueError where they are others."""
+    wanted, _ = adapter_state(model)
+    if shapes(wanted) != shapes(tensors):
+        raise ValueError("the adapters have another rank, other targets or other shapes")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def merged(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a model with adapters added in: W + (alpha / rank) B A.
+
+    Raises ValueError where they belong to a model of another shape, KeyError where config lacks r or lora_alpha.
+    """
+    scale = config["lora_alpha"] / config["r"]
+    result = dict(weights)
+    for name in {key.rpartition(".lora_")[0] for key in tensors}:
+        target = f"{name.removeprefix(PREFIX)}.weight"
+        a, b = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
+        if a is None or b is None or target not in weights or weights[target].shape != (b.size(0), a.size(1)):
+            raise ValueError(f"{target}: no such weight in the base, or of another shape")
+        result[target] = weights[target] + scale * (b @ a)
+    return result
