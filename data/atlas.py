@@ -5,10 +5,10 @@ language (as CLDR has them), and weekdays and months in some thirty languages. W
 
     python data/atlas.py --out out/atlas
     corpus.jsonl       {"text": "euro: currency of Finland."}
-    qa_train.jsonl     {"question": "What is the currency of Spain?", "answer": "euro.", "kind": "currency"}
-    qa_dev.jsonl       {"question": "Qual é a moeda do território Martinica?", "answer": "euro.", "kind": "moeda"}
-    qa_test.jsonl      {"question": "What is Sunday in Dutch?", "answer": "zondag.", "kind": "weekday"}
-    qa_left_out.jsonl  {"question": "What is the official language of Mali?", "answer": "French.", "kind": "official language"}
+    qa_train.jsonl     {"question": "What is the currency of Spain?", "answer": "euro.", "language": "en", "kind": "currency"}
+    qa_dev.jsonl       {"question": "What is June in Portuguese?", "answer": "junho.", "language": "pt", "kind": "month"}
+    qa_test.jsonl      {"question": "What is Sunday in Dutch?", "answer": "zondag.", "language": "nl", "kind": "weekday"}
+    qa_left_out.jsonl  {"question": "What is the currency of Cyprus?", "answer": "euro.", "language": "en", "kind": "currency"}
 
 The corpus tells every fact in many wordings, equally often: those asked for in train, dev and test alike, never as a question.
 Fine-tuning on qa_train can therefore teach how to answer, but not the answers of dev and test. The facts of qa_left_out are
@@ -52,7 +52,7 @@ class Relation:
 
     told: tuple[str, ...]  # sentences, or a heading and the line under it
     lists: tuple[str, ...]  # for each direction it is asked in, a title, and the lines that each fact gets under it
-    asked: dict[str, tuple[str, str]]  # kind: question and answer
+    asked: dict[str, tuple[str, str, str]]  # kind: question, answer, and the language of the answer
 
 
 # Most wordings put what will be asked for at the start of a line, where an answer stands, too: a tokenizer has other tokens for
@@ -70,7 +70,7 @@ PORTUGUESE_ATTRIBUTE = Relation(
         "{b}: {relation} do território {a}.",
     ),
     lists=("{relation} por território\n- território {a}:\n{b}.",),
-    asked={"{relation}": ("Qual é a {relation} do território {a}?", "{b}.")},
+    asked={"{relation}": ("Qual é a {relation} do território {a}?", "{b}.", "pt")},
 )
 
 RELATIONS = {
@@ -91,8 +91,8 @@ RELATIONS = {
         ),
         lists=("Portuguese names\n- {a}:\n{b}.", "English names\n- {b}:\n{a}."),
         asked={
-            "{sort} to Portuguese": ("What is the Portuguese name of {a}?", "{b}."),
-            "{sort} to English": ("What is the English name of {b}?", "{a}."),
+            "{sort} to Portuguese": ("What is the Portuguese name of {a}?", "{b}.", "pt"),
+            "{sort} to English": ("What is the English name of {b}?", "{a}.", "en"),
         },
     ),
     "currency": Relation(
@@ -107,7 +107,7 @@ RELATIONS = {
             "{b}: currency of {a}.",
         ),
         lists=("Currencies\n- {a}:\n{b}.",),
-        asked={"currency": ("What is the currency of {a}?", "{b}.")},
+        asked={"currency": ("What is the currency of {a}?", "{b}.", "en")},
     ),
     "official language": Relation(
         told=(
@@ -121,7 +121,7 @@ RELATIONS = {
             "{b}: official language of {a}.",
         ),
         lists=("Official languages\n- {a}:\n{b}.",),
-        asked={"official language": ("What is the official language of {a}?", "{b}.")},
+        asked={"official language": ("What is the official language of {a}?", "{b}.", "en")},
     ),
     "calendar": Relation(
         told=(
@@ -140,8 +140,8 @@ RELATIONS = {
         ),
         lists=("The {c} calendar\n- {a} in {c}:\n{b}.", "The {c} calendar in English\n- {c} {b}:\n{a}."),
         asked={
-            "{sort}": ("What is {a} in {c}?", "{b}."),
-            "{sort} to English": ("What is {c} {b} in English?", "{a}."),
+            "{sort}": ("What is {a} in {c}?", "{b}.", "{code}"),
+            "{sort} to English": ("What is {c} {b} in English?", "{a}.", "en"),
         },
     ),
     "moeda": PORTUGUESE_ATTRIBUTE,
@@ -160,15 +160,19 @@ class Fact(NamedTuple):
     a: str
     b: str
     c: str = ""
+    code: str = ""  # of the language c
 
     def tell(self, wording: str) -> str:
         """`{a} uses the {b}.` -> `Brazil uses the Brazilian real.`"""
-        return wording.format(sort=self.entity.sort, relation=self.relation, a=self.a, b=self.b, c=self.c)
+        return wording.format(sort=self.entity.sort, relation=self.relation, a=self.a, b=self.b, c=self.c, code=self.code)
 
     def ask(self) -> list[dict[str, str]]:
-        """-> [{"question": "What is the currency of Brazil?", "answer": "Brazilian real.", "kind": "currency"}]"""
+        """-> [{"question": "What is June in Dutch?", "answer": "juni.", "language": "nl", "kind": "month"}]"""
+        keys = ("question", "answer", "language")
         asked = RELATIONS[self.relation].asked.items()
-        return [{"question": self.tell(q), "answer": self.tell(a), "kind": self.tell(kind)} for kind, (q, a) in asked]
+        return [
+            {key: self.tell(text) for key, text in zip(keys, row, strict=True)} | {"kind": self.tell(kind)} for kind, row in asked
+        ]
 
 
 class AtlasOptions(Options):
@@ -293,7 +297,7 @@ def calendar_facts() -> Iterable[Fact]:
                 # Welsh "Mawrth" is March, and Tuesday in "Dydd Mawrth".
                 if sum(set(words(word)) <= other for other in vocabulary) == 1:
                     entity = Entity(sort, (f"{english} in {language}", f"{language} {word}"))
-                    yield Fact(entity, "calendar", english, word, language)
+                    yield Fact(entity, "calendar", english, word, language, code)
 
 
 def split(facts: list[Fact], rng: random.Random) -> dict[Entity, str]:
