@@ -3,7 +3,8 @@
     python chat.py --checkpoint out/chat
     python chat.py --checkpoint out/chat --ask "What is the currency of Brazil?"
 
-With --ask, standard output carries the answer alone. In a conversation, an empty line is skipped, Ctrl-D leaves.
+With --ask, standard output carries the answer alone. In a conversation, an empty line is skipped, Ctrl-D leaves. A base model
+has no notion of a conversation: it continues each text by itself.
 """
 
 import sys
@@ -38,12 +39,13 @@ def main(config: ChatOptions) -> None:
     device = runtime.pick_device(config.device)
     model = GPT(GPTConfig(**checkpoint.model_fields)).to(device).eval()
     checkpoint.load_model(model)
-    if checkpoint.state.get("stage") != "finetune":
-        print("this model was not fine-tuned: it continues texts rather than answers (see finetune.py)", file=sys.stderr)
+    base = checkpoint.state.get("stage") == "pretrain"
+    if base:
+        print("this model was not fine-tuned (see finetune.py): it continues your text instead of answering", file=sys.stderr)
     history = [Message(role="system", content=config.system)] if config.system else []
     if config.ask is not None:
         history.append(Message(role="user", content=config.ask))
-        say(answer(model, checkpoint.tokenizer, history, config))
+        say(answer(model, checkpoint.tokenizer, history, config, base))
         return
     with contextlib.suppress(ImportError):  # gives input() line editing and history; not on Windows
         import readline  # noqa: F401
@@ -55,18 +57,29 @@ def main(config: ChatOptions) -> None:
             return
         if question.strip():
             history.append(Message(role="user", content=question))
-            history.append(Message(role="assistant", content=say(answer(model, checkpoint.tokenizer, history, config))))
+            history.append(Message(role="assistant", content=say(answer(model, checkpoint.tokenizer, history, config, base))))
 
 
-def answer(model: GPT, tokenizer: Tokenizer, history: list[Message], config: ChatOptions) -> Iterator[str]:
+def answer(model: GPT, tokenizer: Tokenizer, history: list[Message], config: ChatOptions, base: bool = False) -> Iterator[str]:
     """The assistant's next message, in pieces. The oldest turns are dropped from `history` when it outgrows the context.
 
-    Raises UserError where even the last question alone does not fit.
+    Of a base model, which knows no turns, what follows the last text. Raises UserError where even the last question alone does
+    not fit.
     """
     block_size = model.config.block_size
     first = 1 if history[0].role == "system" else 0
     dropped = 0
-    while len(prompt := render_prompt(tokenizer, history)) >= block_size:
+    if base:
+        del history[:-1]
+
+    def render(history: list[Message]) -> list[int]:
+        return (
+            [tokenizer.special[END_OF_TEXT], *tokenizer.encode(history[-1].content)]
+            if base
+            else render_prompt(tokenizer, history)
+        )
+
+    while len(prompt := render(history)) >= block_size:
         if len(history) <= first + 1:
             raise UserError(f"the question has {len(prompt)} tokens, the model's context only {block_size}: ask a shorter one")
         del history[first : first + 2]

@@ -79,9 +79,13 @@ def test_chat_prints_the_answer_alone(world: Path, script: Script) -> None:
 
 
 def test_chat_says_when_a_model_was_not_fine_tuned_and_forgets_what_does_not_fit(world: Path, script: Script) -> None:
-    done = script("chat.py", "--checkpoint", world / "base", "--ask=hi", "--max_new_tokens=3")
-    assert "not fine-tuned" in done.stderr
-    assert done.stdout.endswith("\n")
+    text = f"The flag of {NAMES[0]} is"
+    done = script("chat.py", "--checkpoint", world / "base", "--ask", text, "--max_new_tokens=12", "--stop=.")
+    assert done.stderr.count("not fine-tuned") == 1
+    sampled = script(
+        "sample.py", "--checkpoint", world / "base", "--prompt", text, "--max_new_tokens=12", "--stop=.", "--temperature=0"
+    )
+    assert text + done.stdout == sampled.stdout, "it completes"
     talk = script("chat.py", "--checkpoint", world / "chat", "--max_new_tokens=8", stdin="What is the flag of Aradornia?\n" * 5)
     assert "oldest turns were forgotten" in talk.stderr
     assert talk.returncode == 0

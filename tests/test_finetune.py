@@ -102,9 +102,7 @@ def test_adapters_are_saved_alone_used_and_merged(world: Path, tmp_path: Path, c
 
 
 def test_what_is_frozen_stays(world: Path, tmp_path: Path, call: Call) -> None:
-    status, _, err = call(
-        "finetune", *tune(world, tmp_path / "run", "--freeze_layers=1", "--freeze_embeddings", "--max_steps=3")
-    )
+    status, _, err = call("finetune", *tune(world, tmp_path / "run", "--freeze_layers=1", "--freeze_embeddings", "--max_steps=3"))
     assert status == 0, err
     before, after = (load_file(newest(run) / "model.safetensors") for run in (world / "base", tmp_path / "run"))
     same = {name for name in before if torch.equal(before[name], after[name])}
@@ -181,7 +179,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(kind: str, world: Path, tmp
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     steps = ["--max_steps=24", "--log_interval=4", "--eval_interval=8", "--checkpoint_interval=10", "--batch_size=8"]
-    status, out, err = call("finetune", *tune(world, whole, *more[kind], *steps))
+    status, _, err = call("finetune", *tune(world, whole, *more[kind], *steps))
     assert status == 0, err
     command = tune(world, parts, *more[kind], *steps)
     log = RunLog.log
