@@ -10,6 +10,7 @@ The loss is on the assistant's tokens and the end token after them; of {"prompt"
 never seen.
 """
 
+import math
 import os
 import random
 import sys
@@ -31,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"optimizer": "adamw", "learning_rate": 1e-2, "beta1": 0.9, "decay_fraction": 1.0},
     "preferences": {"optimizer": "adamw", "learning_rate": 2e-5, "beta1": 0.9, "decay_fraction": 1.0, "grad_clip": 1.0},
 }
+EPOCHS, LEAST_STEPS = 3, 150  # where the user does not say max_steps: a small model needs some steps to learn the template
 
 
 class FinetuneOptions(RunOptions):
@@ -42,7 +44,12 @@ class FinetuneOptions(RunOptions):
         ..., "questions and answers: .jsonl, .json, .csv or .parquet files; FILE:2 has each twice an epoch", min_length=1
     )
     val_data: Path | None = option(None, "held-out questions for the validation loss (default: a part of --data)")
-    val_fraction: float = option(0.05, "part of --data held out, by a hash, where there is no --val_data", gt=0, lt=1)
+    val_fraction: float = option(
+        0.05,
+        "part of --data held out, by a hash, where there is no --val_data; 0: none, val_loss is of what is learnt",
+        ge=0,
+        lt=1,
+    )
     test_data: Path | None = option(None, "questions asked at the end: exact match of greedy answers")
     control_data: Path | None = option(None, "questions whose answers were never told: what guessing reaches")
     preview: int | None = option(None, "show so many training examples, what is learnt in colour, and stop", ge=1)
@@ -111,7 +118,7 @@ def main(config: FinetuneOptions) -> None:
         return
     print("the first example, and what of it is learnt:", file=sys.stderr)
     print(*marked(data.training[0], tokenizer, sys.stderr.isatty()), sep="\n", file=sys.stderr)
-    config = with_recipe(config, checkpoint, data.pairs)
+    config = with_recipe(config, checkpoint, data)
     replay, replayed = open_replay(config, tokenizer, block_size, data)
 
     device = runtime.pick_device(config.device)
@@ -216,6 +223,9 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
     else:
         parts = [hold_out(rows, config.val_fraction) for rows in files]
         files, held_out = [training for training, _ in parts], [row for _, rows in parts for row in rows]
+        if config.val_fraction == 0:
+            held_out = [row for rows in files for row in rows]
+            print("nothing is held out: val_loss is of the conversations that are learnt", file=sys.stderr)
     kinds = {type(row).__name__ for rows in (*files, held_out) for row in rows}
     if len(kinds) > 1:
         raise UserError(f"{config.data[0]}: {' and '.join(sorted(kinds))} rows do not go together; they need runs of their own")
@@ -251,13 +261,19 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
     return Data(total, mixture, validation, shown)
 
 
-def with_recipe(config: FinetuneOptions, checkpoint: Checkpoint, pairs: bool) -> FinetuneOptions:
-    """The options with the learning rates of what is to be done, where the user has not chosen others."""
+def with_recipe(config: FinetuneOptions, checkpoint: Checkpoint, data: Data) -> FinetuneOptions:
+    """The options with what the user has not chosen: the learning rates of what is to be done, and the steps for the data."""
     chosen = config.model_dump(exclude_unset=True)
     optimizer = chosen.get("optimizer", checkpoint.state["optimizer"])
     recipe = {"optimizer": optimizer} | RECIPES[optimizer]
-    if pairs or config.lora_rank:
-        recipe = RECIPES["preferences" if pairs else "lora"]
+    if data.pairs or config.lora_rank:
+        recipe = RECIPES["preferences" if data.pairs else "lora"]
+    if "max_steps" not in chosen:
+        steps = max(LEAST_STEPS, math.ceil(EPOCHS * data.mixture.size / config.batch_size))
+        recipe = recipe | {"max_steps": steps}
+        print(f"max_steps {steps:,}: {EPOCHS} times through the data, and {LEAST_STEPS} at least", file=sys.stderr)
+    if "eval_interval" not in chosen:
+        recipe = recipe | {"eval_interval": max(1, math.ceil(chosen.get("max_steps", recipe.get("max_steps", 0)) / 5))}
     try:
         return FinetuneOptions(**recipe | chosen)
     except ValidationError as error:

@@ -303,6 +303,12 @@ def select(rows: Iterable[Said], report: Report, known: set[str], keep_duplicate
 
 
 def hold_out(rows: Sequence[Said], fraction: float) -> tuple[list[Said], list[Said]]:
-    """(training, held out), by a hash of what is said: adding conversations moves none, and equal ones stay together."""
-    held_out = [row for row in rows if share(row.said) < fraction]
-    return [row for row in rows if share(row.said) >= fraction], held_out
+    """(training, held out), by a hash of what is said: adding conversations moves none, and equal ones stay together.
+
+    Of a few, one at least is held out, if that leaves any.
+    """
+    lowest = min((share(row.said) for row in rows), default=0.0)
+    limit = max(fraction, math.nextafter(lowest, 1)) if fraction else 0.0
+    held_out = [row for row in rows if share(row.said) < limit]
+    training = [row for row in rows if share(row.said) >= limit]
+    return (training, held_out) if training else (held_out, [])

@@ -237,3 +237,13 @@ def test_choices(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{message}"):
             read_choices(write(tmp_path / "c.jsonl", wrong))
+
+
+def test_of_a_few_one_is_held_out() -> None:
+    rows = [said(str(i), "a") for i in range(5)]
+    training, held_out = hold_out(rows, 1e-9)
+    assert (len(training), len(held_out)) == (4, 1)
+    assert hold_out([*rows, *rows], 1e-9) == ([*training, *training], [*held_out, *held_out])
+    assert hold_out(rows[:1], 0.5) == (rows[:1], [])
+    assert hold_out(rows, 0.0) == (rows, [])
+    assert hold_out([], 0.5) == ([], [])
