@@ -58,7 +58,12 @@ class FinetuneOptions(RunOptions):
     keep_duplicates: bool = option(False, "keep conversations that were there before")
     packing: bool = option(True, "several conversations in a row, each seeing itself alone, so that nothing is lost to padding")
     replay_data: Path | None = option(None, "dataset directory with pretraining text, mixed in against forgetting")
-    replay: float = option(0.1, "share of a step's tokens that are pretraining text, where there is --replay_data", ge=0, lt=1)
+    replay: float = option(
+        0.1,
+        "share of a step's sequences that are windows of pretraining text, as long as the context, of --replay_data",
+        ge=0,
+        lt=1,
+    )
     replay_weight: float = option(1.0, "weight of the pretraining text's loss beside that of the answers", ge=0)
     lora_rank: int = option(0, "rank of adapters that are trained in place of the weights (0: the weights themselves)", ge=0)
     lora_alpha: float | None = option(None, "adapters count alpha / rank (default: twice the rank)", gt=0)
@@ -314,10 +319,13 @@ def open_replay(
     validation = ValidationWindows(dataset, block_size, max(1, 8192 // block_size), config.eval_tokens)
     if config.replay == 0 or config.replay_weight == 0:
         return None, validation
-    lengths = [2 * item.length if isinstance(item, Pair) else item.length for item in data.training]
-    tokens = config.batch_size * sum(lengths) / len(lengths)
-    windows = max(1, round(config.replay / (1 - config.replay) * tokens / block_size))
-    print(f"replay: {windows} windows of {block_size} tokens of pretraining text in a step", file=sys.stderr)
+    windows = max(1, round(config.replay / (1 - config.replay) * config.batch_size))
+    length = sum(item.length for item in data.training) / len(data.training)
+    print(
+        f"replay: a step has {windows:,} windows of {block_size:,} tokens of pretraining text beside {config.batch_size:,} "
+        f"conversations of {length:.0f} tokens",
+        file=sys.stderr,
+    )
     return WindowLoader(dataset, "train", block_size, windows, config.seed), validation
 
 

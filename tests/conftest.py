@@ -131,7 +131,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
         [
             *("finetune.py", "--init_from", home / "base", "--data", home / "qa_train.jsonl", "--out_dir", home / "chat"),
             *("--test_data", home / "qa_test.jsonl", "--control_data", home / "qa_test.jsonl"),
-            *("--replay_data", home / "data", "--max_steps=60", "--batch_size=20", "--learning_rate=0.01"),
+            *("--replay_data", home / "data", "--replay=0.3", "--max_steps=60", "--batch_size=20", "--learning_rate=0.01"),
             *("--embedding_learning_rate=0.1", "--head_learning_rate=0.005", "--val_fraction=0.1", "--dtype=float32"),
         ],
     ):

@@ -80,7 +80,7 @@ def test_preview_shows_examples_and_stops(world: Path, tmp_path: Path, call: Cal
 
 def test_adapters_are_saved_alone_used_and_merged(world: Path, tmp_path: Path, call: Call) -> None:
     run = tmp_path / "lora"
-    more = ["--lora_rank=4", "--max_steps=60", "--test_data", world / "qa_test.jsonl", "--lora_merge"]
+    more = ["--lora_rank=4", "--max_steps=150", "--learning_rate=0.02", "--test_data", world / "qa_test.jsonl", "--lora_merge"]
     status, out, err = call("finetune", *tune(world, run, *more, "--replay_data", world / "data"))
     assert status == 0, err
     trained, total = re.search(r"([\d,]+) of ([\d,]+) parameters are trained \(\d+\.\d%\)", err).groups()
