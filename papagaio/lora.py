@@ -18,13 +18,12 @@ PREFIX = "base_model.model."  # of PEFT's names
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer whose weight is frozen, with a learnt addition of low rank. Dropout is on what goes into A."""
+    """A linear layer with a learnt addition of low rank to its weight. Dropout is on what goes into A."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make another weight
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.weight.requires_grad_(False)
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
         device = base.weight.device

@@ -136,6 +136,10 @@ def test_the_choice_is_the_one_most_probable_by_the_byte(gpt: GPT, shots: list |
         pairs = [question_ids(BYTES, talk(row.question, choice), shots, 32, 0) for choice in row.choices]
         nats = answer_nats(gpt, pairs, 32, torch.float32).tolist()
         assert found == int(np.argmin([n / len(c.encode()) for n, c in zip(nats, row.choices, strict=True)]))
+    with torch.no_grad():
+        gpt.head.weight.zero_()  # now each token costs the same: 5/4, 7/6 and 3/2 of it a byte, the end included
+    even = [Choice(question="q", choices=["reds", "éçã", "ab"], answer=0)]
+    assert choose(gpt, BYTES, even, 32, torch.float32, shots) == [1]
     long = [Choice(question="q" * 40, choices=["a", "b"], answer=0)]
     assert choose(gpt, BYTES, long, 32, torch.float32, shots) == [-1]
 

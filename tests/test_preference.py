@@ -21,7 +21,9 @@ def pair(question: str, chosen: str, rejected: str) -> Preference:
     return Preference(messages=[user], chosen=answers[0], rejected=answers[1], place=f"p.jsonl:{question}")
 
 
-ROWS = [pair(f"say {i}", "good" + "!" * (i % 3), "bad" * (1 + i % 2)) for i in range(6)]
+EARLIER = [Message(role="user", content="hi"), Message(role="assistant", content="hello")]  # an answer that is not compared
+ROWS = [pair(f"say {i}", "good" + "!" * (i % 3), "bad" * (1 + i % 2)) for i in range(5)]
+ROWS.append(ROWS[0].model_copy(update={"messages": [*EARLIER, Message(role="user", content="again")]}))
 
 
 def model(seed: int = 0) -> GPT:
@@ -62,7 +64,7 @@ def test_the_loss_is_dpos_and_so_are_its_gradients() -> None:
     assert torch.allclose(loss, expected, atol=1e-5)
     assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(grads, gpt.parameters(), strict=True))
     measured = preference.evaluate_pairs(gpt, batch.split(4), 0.3, torch.float32)
-    assert measured["val_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert measured["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
     margins = [
         float(sum(s * (log_probability(gpt, r, a) - log_probability(start, r, a)) for s, a in ((1, r.chosen), (-1, r.rejected))))
         for r in ROWS
@@ -85,7 +87,7 @@ def test_at_the_start_the_loss_is_that_of_a_coin_and_training_moves_the_margin()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
     assert losses[-1] < 0.5
     measured = preference.evaluate_pairs(gpt, [loader(0)[0]], 0.1, torch.float32)
