@@ -53,10 +53,14 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
     ("command", "message"),
     [
         *((f"{name} --no_such_option=1", "--no_such_option=1: no such option") for name in ("train.py", "finetune.py")),
-        *((f"{name} --no_such_option=1", "--no_such_option=1: no such option") for name in ("sample.py", "chat.py")),
+        *(
+            (f"{name} --no_such_option=1", "--no_such_option=1: no such option")
+            for name in ("sample.py", "chat.py", "evaluate.py")
+        ),
         ("data/prepare.py --no_such_option=1", "--no_such_option=1: no such option"),
         ("train.py --data=x --out_dir=y --n_embd=30 --n_head=4", "n_embd 30 is not divisible by n_head 4"),
         ("finetune.py --init_from=x --data=nowhere.jsonl --out_dir=y", "nowhere.jsonl: no such file"),
+        ("evaluate.py --checkpoint=x --questions=nowhere.jsonl", "nowhere.jsonl: no such file"),
     ],
 )
 def test_options_are_refused_before_torch_is_imported(command: str, message: str) -> None:
@@ -68,7 +72,7 @@ def test_options_are_refused_before_torch_is_imported(command: str, message: str
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
 
 
-@pytest.mark.parametrize("script", ["train.py", "finetune.py", "sample.py", "chat.py", "data/prepare.py"])
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "sample.py", "chat.py", "evaluate.py", "data/prepare.py"])
 def test_help_lists_the_options_on_standard_output(script: str) -> None:
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0

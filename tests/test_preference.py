@@ -66,7 +66,7 @@ def test_the_loss_is_dpos_and_so_are_its_gradients() -> None:
     measured = preference.evaluate_pairs(gpt, batch.split(4), 0.3, torch.float32)
     assert measured["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
     margins = [
-        float(sum(s * (log_probability(gpt, r, a) - log_probability(start, r, a)) for s, a in ((1, r.chosen), (-1, r.rejected))))
+        sum(s * (log_probability(gpt, r, a) - log_probability(start, r, a)).item() for s, a in ((1, r.chosen), (-1, r.rejected)))
         for r in ROWS
     ]
     assert measured["val_reward_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 6)
