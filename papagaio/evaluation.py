@@ -20,7 +20,7 @@ from papagaio.config import UserError
 from papagaio.conversations import Choice
 from papagaio.dialogue import Conversation, Message, render_prompt
 from papagaio.generate import greedy_batch
-from papagaio.loader import Batch
+from papagaio.loader import Batch, pad_windows
 from papagaio.runtime import autocast
 from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
 
@@ -63,22 +63,13 @@ def text_batches(
             windows.append(stream[: block_size + 1])
             stream = stream[block_size:]  # the last target is the first input of the next window
             if len(windows) == batch_size:
-                yield _windows_batch(windows, block_size)
+                yield pad_windows(windows, block_size)
                 windows = []
         buffer = [stream]
     if len(buffer[0]) > 1:
         windows.append(buffer[0])
     if windows:
-        yield _windows_batch(windows, block_size)
-
-
-def _windows_batch(windows: list[np.ndarray], block_size: int) -> Batch:
-    ids = torch.zeros((len(windows), block_size), dtype=torch.int64)
-    targets = torch.full((len(windows), block_size), -100)
-    for row, window in enumerate(windows):
-        ids[row, : len(window) - 1] = torch.from_numpy(window[:-1])
-        targets[row, : len(window) - 1] = torch.from_numpy(window[1:])
-    return Batch(ids, targets, (targets != -100).float())
+        yield pad_windows(windows, block_size)
 
 
 class Answer(NamedTuple):

@@ -5,7 +5,7 @@ every window exactly once, in an order that a keyed permutation computes index b
 does not grow with the corpus. However many ranks share a step's batch, together they have the same windows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -240,11 +240,17 @@ class ValidationWindows:
         T = self.block_size
         for first in range(0, len(self.starts), self.batch_size):
             places = self.starts[first : first + self.batch_size]
-            ids = torch.zeros((len(places), T), dtype=torch.int64)
-            targets = torch.full((len(places), T), -100)
-            for row, (shard, start) in enumerate(places):
-                window = torch.from_numpy(self.shards[shard][start : start + T + 1].astype(np.int64))
-                ids[row, : len(window) - 1] = window[:-1]
-                targets[row, : len(window) - 1] = window[1:]
-            doc_ids = None if self.start_token is None else number_documents(ids, self.start_token)
-            yield Batch(ids, targets, (targets != -100).float(), doc_ids)
+            batch = pad_windows([self.shards[shard][start : start + T + 1] for shard, start in places], T)
+            doc_ids = None if self.start_token is None else number_documents(batch.ids, self.start_token)
+            yield batch._replace(doc_ids=doc_ids)
+
+
+def pad_windows(windows: Sequence[NDArray[np.integer]], width: int) -> Batch:
+    """Runs of up to width + 1 tokens as a batch (B, width) in which each but a run's first is predicted, with weight 1."""
+    ids = torch.zeros((len(windows), width), dtype=torch.int64)
+    targets = torch.full((len(windows), width), -100)
+    for row, window in enumerate(windows):
+        tokens = torch.from_numpy(window.astype(np.int64))
+        ids[row, : len(tokens) - 1] = tokens[:-1]
+        targets[row, : len(tokens) - 1] = tokens[1:]
+    return Batch(ids, targets, (targets != -100).float())
