@@ -7,6 +7,7 @@ run/checkpoints/last, best   small text files with the name of one of them
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,34 @@ class Checkpoint:
     state: dict[str, Any]
     tokenizer: Tokenizer
 
-    def load_model(self, model: nn.Module) -> None:
-        """Copy the saved weights into a model. Raises UserError where the shapes differ, MachineError for NaN in them."""
+    def build(self, make: Callable[[dict[str, Any]], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The model that `make` makes of model_fields, for generation: with the saved weights, matrices in dtype.
+
+        No time or memory goes into initial weights, and what stays as it is in the file is mapped, not copied.
+        """
+        draws = nn.Embedding.reset_parameters
+        nn.Embedding.reset_parameters = lambda self: None  # to draw normal numbers on this device, torch imports its compiler
+        try:
+            with torch.device("meta"):
+                model = make(self.model_fields)
+        finally:
+            nn.Embedding.reset_parameters = draws
+        self.load_model(model, dtype)
+        return model.to(device).eval()
+
+    def load_model(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Copy the saved weights into a model, or let them be the weights of one on the meta device, matrices in dtype.
+
+        Raises UserError where the shapes differ, MachineError for NaN in them.
+        """
         tensors = _load_tensors(self.path / "model.safetensors")
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise MachineError(f"{self.path / 'model.safetensors'}: {name} holds numbers that are not finite")
         try:
-            model.load_state_dict(tensors)
+            if dtype is not None:
+                tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+            model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
         except RuntimeError as error:
             raise UserError(f"{self.path}: the weights do not fit model.json: {error}") from None
 
