@@ -33,6 +33,7 @@ from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
 from papagaio.dialogue import Message, render_prompt
 from papagaio.generate import Request, TextStream, complete, special_ids
+from papagaio.rows import can_compile, prepare
 from papagaio.terminal import dim
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -51,7 +52,10 @@ def main(config: ChatOptions) -> None:
     device = runtime.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
     model = checkpoint.build(lambda fields: GPT(GPTConfig(**fields)), device, dtype)
-    chat = Chat(model, checkpoint.tokenizer, config, tuned=checkpoint.state.get("stage") == "finetune")
+    prepare(model, config.quantize)
+    compiled = config.compile and can_compile(device)
+    tuned = checkpoint.state.get("stage") == "finetune"
+    chat = Chat(model, checkpoint.tokenizer, config, tuned, compiled)
     if not chat.tuned:
         print("this model was not fine-tuned: it completes texts rather than answers (see finetune.py)", file=sys.stderr)
     with runtime.autocast(device, dtype):
@@ -71,8 +75,8 @@ def main(config: ChatOptions) -> None:
 class Chat:
     """A conversation, and the model that it is held with."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, config: ChatOptions, tuned: bool) -> None:
-        self.model, self.tokenizer, self.config, self.tuned = model, tokenizer, config, tuned
+    def __init__(self, model: GPT, tokenizer: Tokenizer, config: ChatOptions, tuned: bool, compiled: bool) -> None:
+        self.model, self.tokenizer, self.config, self.tuned, self.compiled = model, tokenizer, config, tuned, compiled
         self.temperature = config.temperature
         self.reset(config.system)
 
@@ -115,6 +119,7 @@ class Chat:
                 block_size=self.model.config.block_size,
                 device=next(self.model.parameters()).device,
                 text=lambda: TextStream(self.tokenizer, self.config.stop),
+                compiled=self.compiled,
                 **special_ids(self.tokenizer),
             ):
                 print(step.text, end="", flush=True)

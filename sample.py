@@ -60,6 +60,7 @@ from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
 from papagaio.generate import Request, Step, TextStream, complete, special_ids
+from papagaio.rows import can_compile, prepare
 from papagaio.terminal import coloured, colours
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -75,6 +76,8 @@ def main(config: SampleOptions) -> None:
     device = runtime.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
     model = checkpoint.build(lambda fields: GPT(GPTConfig(**fields)), device, dtype)
+    prepare(model, config.quantize)
+    compiled = config.compile and can_compile(device)
     block_size = model.config.block_size
     for (place, _), ids in zip(rows, prompts, strict=True):
         if len(ids) > block_size:
@@ -101,6 +104,7 @@ def main(config: SampleOptions) -> None:
             text=lambda: TextStream(tokenizer, config.stop),
             top=RUNNERS_UP if config.show_probs else config.logprobs,
             notice=lambda: forgets.append(f"the context of {block_size} tokens was full: what came first was forgotten"),
+            compiled=compiled,
             **special_ids(tokenizer),
         ):
             printer.add(step)

@@ -100,6 +100,9 @@ class Cache:
         if need > self.slots and need > self.context + self.context // 4:
             self._drop_oldest(self.context - 1)
             need = max(self.filled) + T
+        self._grow(need)
+
+    def _grow(self, need: int) -> None:
         if need > self.slots:
             grown = _round_up(need)
             for tensors in (self.keys, self.values):
@@ -143,6 +146,7 @@ class Cache:
         """Replace rows by those of another cache, one for each."""
         index = torch.tensor(rows, device=self.lengths.device)
         used = max(other.filled)
+        self._grow(used)
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for tensor, source in zip(ours, theirs, strict=True):
                 tensor[index, :, :used] = source[:, :, :used]

@@ -8,6 +8,7 @@ for the next request.
 """
 
 import codecs
+import functools
 import itertools
 import random
 import unicodedata
@@ -115,15 +116,17 @@ def complete(
     text: Callable[[], "TextStream"] | None = None,
     top: int | None = None,
     notice: Callable[[], None] | None = None,
+    compiled: bool = False,
 ) -> Iterator[Step]:
     """Complete the requests, up to batch_size of them at a time; steps come as they are made, rows in turn.
 
     The model sees the last block_size tokens; `notice` is called once, when it begins to forget. Tokens in `banned` are not
     drawn. With `text`, which makes a stream for each row, steps carry text and stop texts are obeyed. With `top`, tokens
-    carry log-probabilities, and those of so many of the most probable tokens.
+    carry log-probabilities, and those of so many of the most probable tokens. `compiled` has torch compile the step of a
+    token, which takes it a while at first.
     """
     choose = Chooser(options, model.config.vocab_size, set(banned), set(end), top)
-    decoder = Decoder(model, block_size, device)
+    decoder = Decoder(model, block_size, device, options.max_new_tokens, compiled)
     queue = enumerate(requests)
     rows: list[Row] = []
     while True:
@@ -139,7 +142,8 @@ def complete(
             notice()
             notice = None
         for row, token in zip(rows, choose(decoder.step(rows), rows), strict=True):
-            yield row.take(token, options, choose.end)
+            if row.finish is None:
+                yield row.take(token, options, choose.end)
 
 
 def generate(
@@ -174,8 +178,10 @@ def greedy_batch(
 class Decoder:
     """A model, and the cache of the rows that it decodes. Of each row all tokens but the last have been read."""
 
-    def __init__(self, model: Model, block_size: int, device: torch.device | None) -> None:
-        self.model, self.block_size, self.device = model, block_size, device
+    def __init__(self, model: Model, block_size: int, device: torch.device | None, room: int = 0, compiled: bool = False) -> None:
+        """`room` is how many tokens are to come: so many slots are allocated at once, as far as the context goes."""
+        self.model, self.block_size, self.device, self.room = model, block_size, device, room
+        self.compiled = compiled
         self.cache: Cache | None = None
         self.shared: tuple[list[int], Cache] | None = None  # a prompt of several requests, and what has been read of it
 
@@ -191,6 +197,8 @@ class Decoder:
             for i, row in zip(done, new, strict=False):
                 rows[i] = row
         left = [i for i, row in enumerate(rows) if row.finish is None]
+        if self.compiled and left:  # for the number of rows at hand; those that are finished are taken along
+            return rows
         if len(left) < len(rows):
             self.cache = self.cache.select(left) if left else None
         return [rows[i] for i in left]
@@ -210,7 +218,8 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         enabled = torch.is_autocast_enabled((self.device or torch.device("cpu")).type)
         dtype = torch.get_autocast_dtype((self.device or torch.device("cpu")).type) if enabled else torch.float32
-        cache = Cache(self.model.config, len(prompts), self.device, dtype, self.block_size, slots=max(lengths) + 1)
+        slots = min(max(lengths) + 1 + self.room, self.block_size)
+        cache = Cache(self.model.config, len(prompts), self.device, dtype, self.block_size, slots, fixed=self.compiled)
         # Padded on the right, where causal attention never looks.
         ids = torch.tensor([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], device=self.device)
         size = max(1, CHUNK // len(prompts))
@@ -230,9 +239,23 @@ class Decoder:
                 self.cache.put([i], self._read([rows[i].ids[-half - 1 : -1]]))
         ids = torch.tensor([[row.ids[-1]] for row in rows], device=self.device)  # (B, 1)
         self.cache.make_room(1)
-        logits = self.model.logits(self.model.hidden(ids, cache=self.cache)[:, -1])
-        self.cache.advance(ids, [1] * len(rows))
+        if self.compiled:
+            logits = compiled_next_logits(ids.device.type)(self.model, ids, self.cache)
+        else:
+            logits = next_logits(self.model, ids, self.cache)
+        self.cache.advance(ids, [int(row.finish is None) for row in rows])
         return logits
+
+
+def next_logits(model: Model, ids: Tensor, cache: Cache) -> Tensor:
+    """Logits (B, V) after the tokens ids (B, 1)."""
+    return model.logits(model.hidden(ids, cache=cache)[:, -1])
+
+
+@functools.cache
+def compiled_next_logits(device_type: str) -> Callable[[Model, Tensor, Cache], Tensor]:
+    """The same as one kernel after another without Python between them, on a GPU as a CUDA graph."""
+    return torch.compile(next_logits, dynamic=False, mode="reduce-overhead" if device_type == "cuda" else None)
 
 
 class Chooser:

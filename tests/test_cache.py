@@ -10,9 +10,11 @@ from test_model import hugging_face_gpt2, hugging_face_nanochat, random_ids, ran
 from torch import nn
 
 from model import GPT, PRESETS
+from papagaio import generate as generation
 from papagaio.cache import Cache
 from papagaio.config import SamplingOptions
 from papagaio.generate import Request, complete, generate, greedy_batch
+from papagaio.rows import Int8Linear, RowLinear, prepare
 
 VARIANTS = {
     "modern": {},
@@ -23,6 +25,7 @@ VARIANTS = {
     "sinusoidal": {"position": "sinusoidal", "n_kv_head": 1},
     "learned and smeared": {"position": "learned", "smear": True, "bigram_rows": 50, "value_embed_interval": 1, "n_kv_head": 2},
 }
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -129,3 +132,61 @@ def test_greedy_output_is_hugging_faces(options: dict, twin: Callable[[GPT], nn.
         asked = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
         expected = theirs.generate(prompt, max_new_tokens=20, min_new_tokens=20, **asked)[0, length:]
         assert greedy(gpt, prompt[0].tolist(), 20) == expected.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("outputs", [64, 97])
+@torch.inference_mode()
+def test_layers_for_decoding_are_linear(rows: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(128, outputs), torch.randn(rows, 1, 128)
+    expected = layer(x)
+    enabled = torch.backends.mkldnn.enabled
+    assert torch.allclose(RowLinear(layer.weight, layer.bias)(x), expected, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = RowLinear(layer.weight.bfloat16(), layer.bias)(x)
+        assert half.dtype == torch.bfloat16
+        assert torch.allclose(half, layer(x), atol=0.02)
+    assert torch.backends.mkldnn.enabled == enabled
+    eight = Int8Linear(layer.weight, layer.bias)
+    rounded = eight.weight * eight.scale[:, None]
+    assert (rounded - layer.weight).abs().max() <= layer.weight.abs().max() / 254 * 1.001, "half a step"
+    exact = x.bfloat16().float() @ rounded.T + layer.bias
+    assert torch.allclose(eight(x), exact, atol=0.02)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@each_variant
+@torch.inference_mode()
+def test_a_prepared_model_gives_nearly_the_same_logits(variant: str, quantize: str) -> None:
+    gpt, ids = random_model(**VARIANTS[variant]), random_ids()
+    before = gpt(ids)
+    prepare(gpt, quantize)
+    assert not any(type(module) is nn.Linear for module in gpt.modules())
+    difference = (gpt(ids) - before).norm() / before.norm()
+    assert difference < (1e-5 if quantize == "none" else 0.05)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("variant", ["modern", "gpt2", "frontier"])
+def test_the_compiled_step_gives_the_same_tokens(variant: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that end at different times, and requests that wait; on a CPU the compiler's front end alone."""
+    if device == "cpu":
+        compiled_step = torch.compile(generation.next_logits, backend="eager", dynamic=False)
+        monkeypatch.setattr(generation, "compiled_next_logits", lambda device_type: compiled_step)
+    gpt = random_model(**VARIANTS[variant]).to(device)
+    prepare(gpt)
+    requests = [Request(random_ids(1, length)[0].tolist()) for length in (9, 2, 5)]
+    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=14)
+
+    def tokens(compiled: bool, end: list[int]) -> list[list[int]]:
+        more = {"block_size": 32, "batch_size": 2, "device": torch.device(device), "compiled": compiled, "end": end}
+        found: list[list[int]] = [[], [], []]
+        for step in complete(gpt, requests, options, **more):
+            found[step.index].append(step.token.id)
+        return found
+
+    end = [tokens(False, [])[0][3]]  # the first request ends early
+    expected = tokens(False, end)
+    assert min(map(len, expected)) < 14
+    assert tokens(True, end) == expected
