@@ -44,7 +44,8 @@ HELP = """\
 /temperature [X]   show the temperature, or set it: 0 always takes the most probable token
 /save FILE         append the conversation to FILE, a JSON line that finetune.py reads
 /help              this list
-Enter sends, Alt-Enter begins a new line, Ctrl-C stops the answer, Ctrl-D leaves. Of a line that begins with //, one / is sent."""
+Enter sends, Alt-Enter begins a new line, arrows find what was asked before.
+Ctrl-C stops the answer, Ctrl-D leaves. Of a line that begins with //, one / is sent."""
 
 
 def main(config: ChatOptions) -> None:
@@ -111,6 +112,7 @@ class Chat:
             raise
         options = self.config.model_copy(update={"temperature": self.temperature})
         said, tokens, start = "", 0, time.perf_counter()
+        forgets: list[bool] = []
         try:
             for step in complete(
                 self.model,
@@ -119,6 +121,7 @@ class Chat:
                 block_size=self.model.config.block_size,
                 device=next(self.model.parameters()).device,
                 text=lambda: TextStream(self.tokenizer, self.config.stop),
+                notice=lambda: forgets.append(True),
                 compiled=self.compiled,
                 **special_ids(self.tokenizer),
             ):
@@ -129,6 +132,8 @@ class Chat:
             if not interactive():
                 raise
         print(flush=True)
+        if forgets:
+            self._notice()
         self.history.append(Message(role="assistant", content=said))
         return f"{tokens} tokens, {tokens / (time.perf_counter() - start):,.0f} tokens/s"
 
@@ -146,10 +151,13 @@ class Chat:
                     raise UserError(message)
                 break
             self.oldest += 2
-            if not self.noticed:
-                print("(the oldest turns were forgotten: the context is full)", file=sys.stderr)
-                self.noticed = True
+            self._notice()
         return prompt
+
+    def _notice(self) -> None:
+        if not self.noticed:
+            print("(the oldest turns were forgotten: the context is full)", file=sys.stderr)
+        self.noticed = True
 
     def save(self, path: Path) -> None:
         """Append the conversation to a file, as a line of JSON."""
