@@ -200,10 +200,20 @@ class SquaredReLU(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: turn each pair (a, b) = (x[i], x[i + D/2]) of x (B, T, H, D) by an angle that grows with its position.
 
-    cos and sin (T, 1, D) hold (cos, cos) and (sin, -sin), so that the result is (a cos + b sin, b cos - a sin). The angle
-    between a query and a key then tells their distance, wherever they stand.
+    cos and sin (T, 1, D), or (B, T, 1, D) where rows stand at other positions, hold (cos, cos) and (sin, -sin), so that the
+    result is (a cos + b sin, b cos - a sin). The angle between a query and a key then tells their distance, wherever they stand.
     """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, as `rotate` wants them
+Past = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # keeps a block's keys and values, and gives those of the context
+
+
+def rope_table(angles: Tensor) -> Rope:
+    """cos and sin of angles (..., D / 2), as `rotate` wants them: (..., D)."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
 
 class Attention(nn.Module):
@@ -221,7 +231,9 @@ class Attention(nn.Module):
         if value_embed:
             self.value_gate = nn.Parameter(torch.empty(config.kv_heads, GATE_CHANNELS))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, value_embed: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope | None, mask: Any, value_embed: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         c, H, K = self.config, self.config.n_head, self.config.kv_heads
         qkv = linear(x, self.q, self.k, self.v).view(B, T, H + 2 * K, c.head_size)  # one product instead of three
@@ -236,8 +248,11 @@ class Attention(nn.Module):
         if c.attention_scale != 1:
             qk = qk * c.attention_scale
         q, k = qk.split((H, K), dim=2)  # (B, T, H, D), (B, T, K, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
+        if past is not None:
+            k, v = past(k, v)  # (B, K, S, D), those before them as well
         dropout = c.dropout if self.training else 0.0
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout)  # (B, H, T, D)
+        y = attend(q, k, v, mask, dropout)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -254,9 +269,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Tensor
     grouped = k.size(1) != q.size(1)
     if mask is not None and not isinstance(mask, Tensor):
         return compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
-    if q.is_cpu and q.dtype == torch.bfloat16 and q.size(2) <= 512 and not grouped:
+    if q.is_cpu and q.dtype == torch.bfloat16 and 1 < q.size(2) == k.size(2) <= 512 and not grouped:
         return plain_attention(q, k, v, mask, dropout)
-    options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "enable_gqa": grouped}
+    causal = mask is None and q.size(2) > 1  # a single token sees all that there is
+    options = {"attn_mask": mask, "is_causal": causal, "dropout_p": dropout, "enable_gqa": grouped}
     return F.scaled_dot_product_attention(q, k, v, **options)
 
 
@@ -328,8 +344,10 @@ class Block(nn.Module):
         self.norm_2, self.mlp = Norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, value_embed: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask, value_embed))
+    def forward(
+        self, x: Tensor, rope: Rope | None, mask: Any, value_embed: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm_1(x), rope, mask, value_embed, past))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
@@ -422,16 +440,17 @@ class GPT(nn.Module):
         self.recompute = False  # keep only what enters a block; its inside is computed again for the gradient
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        # Tables of angles, position x frequency; not parameters, so not saved.
+        # Tables of angles, position x frequency; not parameters, so not saved. A model without weights yet has them already.
+        device = "cpu" if self.embed.weight.is_meta else None
         size = {"rope": config.head_size, "sinusoidal": config.n_embd, "learned": 0}[config.position]
-        frequencies = config.rope_theta ** -(torch.arange(0, size, 2) / max(size, 1))
-        angles = torch.outer(torch.arange(config.block_size), frequencies)
-        cos, sin = angles.cos(), angles.sin()
-        if config.position == "rope":  # as `rotate` wants them
-            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+        frequencies = config.rope_theta ** -(torch.arange(0, size, 2, device=device) / max(size, 1))
+        angles = torch.outer(torch.arange(config.block_size, device=device), frequencies)
+        self.register_buffer("frequencies", frequencies, persistent=False)  # radians a token
+        cos, sin = rope_table(angles) if config.position == "rope" else (angles.cos(), angles.sin())
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.init_weights()
+        if not self.embed.weight.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -490,50 +509,71 @@ class GPT(nn.Module):
         x, table = self.head.widen(x) if hasattr(self.head, "widen") else (x, self.head_weight)
         return HeadLoss.apply(x, table, targets.flatten(), weights.flatten(), c.vocab_size, c.logit_softcap)
 
-    def hidden(self, ids: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """The residual stream (B, T, C) after the last block and its norm, which the head turns into logits."""
+    def hidden(self, ids: Tensor, doc_ids: Tensor | None = None, cache: Any = None) -> Tensor:
+        """The residual stream (B, T, C) after the last block and its norm, which the head turns into logits.
+
+        Given a cache (papagaio/cache.py), ids come after what it has read; their keys and values are put into it, and count
+        once its `advance` has been called.
+        """
         T, c = ids.size(1), self.config
-        if c.block_size < T:
+        if cache is None and c.block_size < T:
             raise ValueError(f"{T} tokens do not fit into block_size {c.block_size}")
-        x = self.embed(ids)  # (B, T, C)
+        places: Any = slice(0, T) if doc_ids is None else None if c.position == "rope" else positions(doc_ids)
+        if cache is not None:
+            places = cache.positions(T)  # (B, T)
+        x = self.dropout(self.embed_at(ids, places))  # (B, T, C)
         rope = None
         if c.position == "rope":  # tells distances alone, which are the same wherever a document begins
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            rope = self.cos[:T, None].to(dtype), self.sin[:T, None].to(dtype)  # (T, 1, D)
-        else:
-            places = slice(0, T) if doc_ids is None else positions(doc_ids)
-            if self.pos_embed is not None:
-                x = x + self.pos_embed.weight[places]
-            else:  # scaled as in the paper (section 3.4), so that the angles do not drown the tokens
-                x = x * math.sqrt(c.n_embd) + torch.cat((self.sin[places], self.cos[places]), dim=-1)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
-        x = self.dropout(x)
+            # A cache goes on beyond block_size, where the table ends.
+            cos, sin = (self.cos[:T], self.sin[:T]) if cache is None else rope_table(places[..., None] * self.frequencies)
+            rope = cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)  # (T, 1, D), or (B, T, 1, D)
         flex = x.is_cuda and doc_ids is not None and not (c.dropout and self.training)  # it has no dropout
-        masks = {window: attention_mask(T, window, doc_ids, x.device, flex) for window in set(self.windows)}
-        x = self.mix_in_previous(x, ids, doc_ids)
+        masks = {
+            window: attention_mask(T, window, doc_ids, x.device, flex) if cache is None else cache.mask(T, window)
+            for window in set(self.windows)
+        }
+        x = self.mix_in_previous(x, ids, doc_ids, cache)
         for i, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
             value_embed = self.value_embeds[str(i)](ids) if str(i) in self.value_embeds else None  # (B, T, K D)
+            past = None if cache is None else functools.partial(cache.store, i, window)
             if self.recompute and self.training:
                 x = checkpoint(block, x, rope, masks[window], value_embed, use_reentrant=False)
             else:
-                x = block(x, rope, masks[window], value_embed)
+                x = block(x, rope, masks[window], value_embed, past)
         return self.norm(x)
 
-    def mix_in_previous(self, x: Tensor, ids: Tensor, doc_ids: Tensor | None) -> Tensor:
+    def embed_at(self, ids: Tensor, places: Any) -> Tensor:
+        """Embeddings (B, T, C) of ids (B, T) that stand at these places of their documents: a slice, or (B, T)."""
+        x = self.embed(ids)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # where the table itself is in half precision, the residual stream still is not
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.weight[places]
+        elif self.config.position == "sinusoidal":  # scaled as in the paper (section 3.4): the angles must not drown the tokens
+            x = x * math.sqrt(self.config.n_embd) + torch.cat((self.sin[places], self.cos[places]), dim=-1)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def mix_in_previous(self, x: Tensor, ids: Tensor, doc_ids: Tensor | None, cache: Any = None) -> Tensor:
         """The embeddings x (B, T, C), each with what the token before it adds: what no attention needs to find out."""
         c = self.config
         if self.bigram_embed is None and self.smear_gate is None:
             return x
-        before = F.pad(ids[:, :-1], (1, 0), value=c.vocab_size)  # vocab_size stands for "none"
+        none = c.vocab_size  # stands for "no token before"
+        before = F.pad(ids[:, :-1], (1, 0), value=none)
+        if cache is not None:
+            before[:, 0] = cache.previous
         if doc_ids is not None:
-            before[:, 1:].masked_fill_(doc_ids[:, 1:] != doc_ids[:, :-1], c.vocab_size)
+            before[:, 1:].masked_fill_(doc_ids[:, 1:] != doc_ids[:, :-1], none)
         if self.smear_gate is not None:
             amount = self.smear_scale * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], self.smear_gate))  # (B, T, 1)
-            amount = amount.masked_fill((before == c.vocab_size)[..., None], 0)
-            x = x + amount * F.pad(x[:, :-1], (0, 0, 1, 0))
+            amount = amount.masked_fill((before == none)[..., None], 0)
+            shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
+            if cache is not None:
+                shifted[:, :1] = self.embed_at(before[:, :1].clamp_max(none - 1), cache.positions(1) - 1)
+            x = x + amount * shifted
         if self.bigram_embed is not None:  # all pairs have rows of their own where there are enough; else they share some
-            stride = c.vocab_size if c.bigram_table == c.vocab_size * (c.vocab_size + 1) else 0x9E3779B1
+            stride = none if c.bigram_table == none * (none + 1) else 0x9E3779B1
             x = x + self.bigram_embed((before * stride + ids) % c.bigram_table)
         return x
 

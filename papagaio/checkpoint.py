@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,35 @@ class Checkpoint:
     weights_sha256: str  # of the file of weights, or of adapters
     base: "Checkpoint | None" = None  # what the adapters belong to, where it holds such
 
-    def load_model(self, model: nn.Module) -> None:
-        """Copy the saved weights into a model; adapters are added into them, or put into a model that has such itself.
+    def build(self, make: Callable[[dict[str, Any]], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The model that `make` makes of model_fields, for generation: with the saved weights, matrices in dtype.
 
-        Raises UserError where the shapes differ, MachineError for weights that are not finite.
+        No time or memory goes into initial weights, and what stays as it is in the file is mapped, not copied.
+        """
+        draws = nn.Embedding.reset_parameters
+        nn.Embedding.reset_parameters = lambda self: None  # to draw normal numbers on this device, torch imports its compiler
+        try:
+            with torch.device("meta"):
+                model = make(self.model_fields)
+        finally:
+            nn.Embedding.reset_parameters = draws
+        self.load_model(model, dtype)
+        return model.to(device).eval()
+
+    def load_model(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Copy the saved weights into a model, or let them be the weights of one on the meta device, matrices in dtype.
+
+        Adapters are added into the weights, or put into a model that has such itself. Raises UserError where the shapes differ,
+        MachineError for weights that are not finite.
         """
         try:
             if self.base is not None and adapters(model):
                 load_adapters(model, _load_tensors(self.path / "adapter_model.safetensors"))
-            else:
-                model.load_state_dict(self._tensors())
+                return
+            tensors = self._tensors()
+            if dtype is not None:
+                tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+            model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
         except (RuntimeError, ValueError) as error:
             if isinstance(error, (UserError, MachineError)):
                 raise

@@ -79,14 +79,20 @@ def compile_in_place(model: torch.nn.Module, device: torch.device) -> None:
 
     In place, so that parameter names stay as they are. What torch fails at later runs uncompiled, with torch's own warning.
     """
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))  # needs the compiler: C++ on a CPU, Triton on a GPU
-    except Exception as error:  # whatever the backend raises: a compiler that is missing, too old, or broken
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if reason := why_not_compiled(device):
         print(f"not compiled, training goes on without: {reason}", file=sys.stderr)
         return
     torch._dynamo.config.suppress_errors = True
     model.compile()
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """What torch's compiler lacks on this machine; empty where it works."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))  # needs the compiler: C++ on a CPU, Triton on a GPU
+    except Exception as error:  # whatever the backend raises: a compiler that is missing, too old, or broken
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ""
 
 
 def keep_memory() -> None:

@@ -45,6 +45,8 @@ def corner(world: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
     (home / "broken.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
     (home / "good.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
     (home / "long.jsonl").write_text(json.dumps({"question": "q" * 5000, "answer": "a"}) + "\n")
+    (home / "empty.txt").write_text("\n \n")
+    (home / "latin.txt").write_bytes("café"[:3].encode() + b"1\na\xe9\n")
     (home / "run.toml").write_text("# a comment\nmax_stepz = 3\n")
     plain = {"question": "q", "answer": "a"}
     turns = [{"role": "user", "content": "q"}]
@@ -214,6 +216,20 @@ CASES = [
     ("sample", "--checkpoint={w}/base --top_k=-1", 2, "--top_k=-1"),
     ("sample", "--checkpoint={w}/base --top_p=0", 2, "--top_p=0"),
     ("sample", "--checkpoint={w}/base --num_samples=0", 2, "--num_samples=0"),
+    ("sample", "--checkpoint={w}/base --top_p=1.5", 2, "--top_p=1.5"),
+    ("sample", "--checkpoint={w}/base --frequency_penalty=nan", 2, "--frequency_penalty=nan"),
+    ("sample", "--checkpoint={w}/base --logit_bias=the=2", 2, "must be written ID=VALUE"),
+    ("sample", "--checkpoint={w}/base --banned_tokens=99999", 2, "token 99999: the vocabulary has the ids 0 to 299"),
+    ("sample", "--checkpoint={w}/base --min_new_tokens=9 --max_new_tokens=8", 2, "min_new_tokens 9 is above max_new_tokens 8"),
+    ("sample", "--checkpoint={w}/base --prompt_file={c}/none.txt", 2, "none.txt: no such file"),
+    ("sample", "--checkpoint={w}/base --prompts={c}/none.txt", 2, "none.txt: no such file"),
+    ("sample", "--checkpoint={w}/base --prompts={c}/broken.jsonl", 2, 'broken.jsonl:1: an object with a text under "prompt"'),
+    ("sample", "--checkpoint={w}/base --prompts={c}/empty.txt", 2, "empty.txt: no prompts in there"),
+    ("sample", "--checkpoint={w}/base --prompts={c}/latin.txt", 2, "latin.txt:2: not UTF-8 at byte 1"),
+    ("sample", "--checkpoint={w}/base --prompt_file={c}/latin.txt", 2, "latin.txt: not UTF-8 at byte 6"),
+    ("sample", "--checkpoint={w}/base --prompt=a --prompts={c}/latin.txt", 2, "exclude each other"),
+    ("sample", "--checkpoint={w}/base --logprobs=3", 2, "logprobs needs --json"),
+    ("sample", "--checkpoint={w}/base --strict --prompt=" + "x" * 300, 2, "the model sees the last 64: shorten it"),
     ("chat", "--checkpoint={c}/nowhere --ask=hi", 2, "nowhere: no such run"),
     ("chat", "--checkpoint={w}/chat --ask=" + "x" * 300, 2, "ask a shorter one"),
 ]
@@ -247,3 +263,8 @@ def test_a_long_prompt_is_said_and_works(world: Path, call: Call) -> None:
     assert status == 0
     assert "the model sees the last 64" in err
     assert out.startswith("x " * 200)
+
+
+def test_a_top_k_above_the_vocabulary_is_all_of_it(world: Path, call: Call) -> None:
+    command = ["--checkpoint", world / "base", "--max_new_tokens=8", "--dtype=float32"]
+    assert call("sample", *command, "--top_k=99999") == call("sample", *command)

@@ -3,22 +3,26 @@
 import math
 
 import pytest
+import regex
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from papagaio.config import SamplingOptions
-from papagaio.generate import (
-    generate,
-    greedy_batch,
+from papagaio.config import MachineError, SamplingOptions, UserError
+from papagaio.generate import Request, TextStream, complete, generate, greedy_batch
+from papagaio.sampling import (
+    add_bias,
+    ban,
+    draw,
+    filtered,
+    force,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalize_frequency,
     penalize_repetition,
-    sample_token,
-    stream_text,
 )
 from papagaio.tokenizer import ByteTokenizer
 
@@ -64,7 +68,17 @@ def test_min_p_keeps_what_is_near_the_best(logits: Tensor, p: float) -> None:
 
 def test_repetition_penalty_is_ctrls() -> None:
     logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
-    assert penalize_repetition(logits, torch.tensor([[0, 1, 0]]), 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
+    seen = torch.tensor([[True, True, False, False]])
+    assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
+
+
+def test_frequency_penalty_bias_bans_and_force_are_their_formulas() -> None:
+    logits = torch.tensor([[2.0, -2.0, 3.0]])
+    assert penalize_frequency(logits, torch.tensor([[0.0, 3.0, 1.0]]), 0.5).tolist() == [[2.0, -3.5, 2.5]]
+    assert add_bias(logits, {0: -1.0, 2: 4.0}).tolist() == [[1.0, -2.0, 7.0]]
+    assert ban(logits, {0, 1}).tolist() == [[-math.inf, -math.inf, 3.0]]
+    assert kept(force(logits, 1)) == {1}
+    assert logits.tolist() == [[2.0, -2.0, 3.0]], "the functions are pure"
 
 
 @pytest.mark.parametrize(
@@ -72,24 +86,43 @@ def test_repetition_penalty_is_ctrls() -> None:
 )
 def test_draws_follow_the_distribution_at_a_temperature(temperature: float, expected: list[float]) -> None:
     logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20_000, 3)
-    ids = torch.zeros(20_000, 1, dtype=torch.int64)
-    drawn = sample_token(logits, ids, options(temperature=temperature), torch.Generator().manual_seed(0))
-    frequencies = drawn.bincount(minlength=3) / 20_000
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    frequencies = draw(filtered(logits, options(temperature=temperature)), uniform).bincount(minlength=3) / 20_000
     assert torch.allclose(frequencies, torch.tensor(expected) / sum(expected), atol=0.015)
 
 
-def test_temperature_zero_is_greedy_and_filters_combine() -> None:
+@given(LOGITS, st.floats(0, 1, exclude_max=True))
+def test_a_draw_is_where_the_cumulated_probability_passes(logits: Tensor, uniform: float) -> None:
+    reached = logits[0].double().softmax(0).cumsum(0).tolist()
+    token = int(draw(logits, torch.tensor([uniform], dtype=torch.float64)))
+    assert reached[token] >= uniform - 1e-6
+    assert token == 0 or reached[token - 1] <= uniform + 1e-6
+
+
+@given(st.floats(0, 1, exclude_max=True), st.sets(st.integers(0, 9), min_size=1, max_size=9))
+def test_what_is_ruled_out_is_never_drawn(uniform: float, banned: set[int]) -> None:
+    logits = ban(torch.zeros(1, 10), banned)
+    for u in (uniform, 0.0, math.nextafter(1, 0)):
+        assert int(draw(logits, torch.tensor([u], dtype=torch.float64))) not in banned
+
+
+def test_filters_combine() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    ids = torch.tensor([[3]])
-    generator = torch.Generator().manual_seed(0)
-    assert sample_token(logits, ids, options(temperature=0), generator).tolist() == [1]
-    drawn = {int(sample_token(logits, ids, options(temperature=5, top_k=3, min_p=0.7), generator)) for _ in range(200)}
-    assert drawn == {1, 2}
-    assert int(sample_token(logits, torch.tensor([[1]]), options(temperature=0, repetition_penalty=10), generator)) == 2
+    assert kept(filtered(logits, options(temperature=5, top_k=3, min_p=0.7))) == {1, 2}
+    # Temperature first: at 0.2 the best has 0.993 of the probability, at 1 only 0.64.
+    assert kept(filtered(logits, options(temperature=0.2, top_p=0.9))) == {1}
+    assert kept(filtered(logits, options(temperature=1, top_p=0.9))) == {1, 2, 0}
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}]
+    "wrong",
+    [
+        *({"temperature": value} for value in (-0.1, math.nan, math.inf)),
+        *({"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"frequency_penalty": math.nan}),
+        *({"logit_bias": (word,)} for word in ("5", "a=1", "5=", "5=nan", "5=1=2")),
+        {"min_new_tokens": 300},
+    ],
+    ids=str,
 )
 def test_options_refuse_what_inverts_or_empties_the_distribution(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -106,13 +139,13 @@ def gpt() -> GPT:
     return gpt
 
 
-def test_greedy_generation_is_the_argmax_of_the_model(gpt: GPT) -> None:
-    ids = [1, 2, 3]
-    for token in generate(gpt, [1, 2, 3], options(temperature=0, max_new_tokens=40), block_size=24):
-        with torch.no_grad():
-            assert token == int(gpt(torch.tensor([ids[-24:]]))[0, -1].argmax())
-        ids.append(token)
-    assert len(ids) == 43
+def draw_all(gpt: GPT, prompts: list[list[int]], seed: int = 1, batch_size: int = 1, **values: object) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    requests = [Request(prompt, seed) for prompt in prompts]
+    more = {name: values.pop(name) for name in ("banned", "end") if name in values}
+    for step in complete(gpt, requests, options(**values), block_size=24, batch_size=batch_size, **more):
+        found[step.index].append(step.token.id)
+    return found
 
 
 def test_the_seed_decides_and_banned_tokens_never_come(gpt: GPT) -> None:
@@ -142,12 +175,100 @@ def test_greedy_batch_gives_each_row_what_it_gets_alone(gpt: GPT) -> None:
         assert row == expected, prompt
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 260), min_size=1, max_size=20), min_size=1, max_size=7), st.integers(1, 4))
+def test_a_seed_gives_the_same_tokens_whatever_the_batch(gpt: GPT, prompts: list[list[int]], batch_size: int) -> None:
+    values = {"temperature": 1.0, "max_new_tokens": 8, "frequency_penalty": 0.3, "repetition_penalty": 1.1, "end": range(30)}
+    alone = [draw_all(gpt, [prompt], **values)[0] for prompt in prompts]
+    assert draw_all(gpt, prompts, batch_size=batch_size, **values) == alone
+
+
+def test_rows_that_are_finished_make_room_for_the_next(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten requests in three rows: no forward pass of more rows, and none of fewer as long as some wait."""
+    sizes = []
+    hidden = gpt.hidden
+    monkeypatch.setattr(gpt, "hidden", lambda ids, **more: sizes.append(tuple(ids.shape)) or hidden(ids, **more))
+    prompts = [[i, i + 1, i + 2] for i in range(10)]
+    found = draw_all(gpt, prompts, batch_size=3, temperature=1.5, max_new_tokens=9, end=range(0, 260, 4))
+    assert len({len(row) for row in found}) > 3
+    steps = [rows for rows, T in sizes if T == 1]
+    assert max(steps) == 3
+    assert sum(steps) == sum(map(len, found))
+    assert steps == sorted(steps, reverse=True), "full until the queue is empty"
+
+
+def test_samples_of_a_prompt_share_what_was_read(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    hidden = gpt.hidden
+    monkeypatch.setattr(gpt, "hidden", lambda ids, **more: read.append(ids.shape) or hidden(ids, **more))
+    found = draw_all(gpt, [[5] * 20] * 7, batch_size=2, temperature=0, max_new_tokens=3)
+    assert found == [found[0]] * 7
+    assert [shape for shape in read if shape[1] > 1] == [(1, 19)]
+
+
+def test_ends_and_lengths_are_told(gpt: GPT) -> None:
+    whole = draw_all(gpt, [[1]], temperature=0, max_new_tokens=12)[0]
+    end = whole[4]
+    (cut,) = draw_all(gpt, [[1]], temperature=0, max_new_tokens=12, end=[end])
+    assert cut == whole[: whole.index(end) + 1]
+    (longer,) = draw_all(gpt, [[1]], temperature=0, max_new_tokens=12, min_new_tokens=9, end=[end])
+    assert end not in longer[:9]
+    assert len(longer) >= 9
+    steps = list(complete(gpt, [Request([1])], options(temperature=0, max_new_tokens=12), block_size=24, end=[end]))
+    assert [step.finish for step in steps] == [None] * (len(steps) - 1) + ["end"]
+    steps = list(complete(gpt, [Request([1])], options(temperature=0, max_new_tokens=3), block_size=24))
+    assert [step.finish for step in steps] == [None, None, "length"]
+
+
+def test_forced_banned_and_biased_tokens(gpt: GPT) -> None:
+    def tokens(**values: object) -> list[int]:
+        return draw_all(gpt, [[1]], temperature=0.7, max_new_tokens=10, **values)[0]
+
+    assert tokens(forced_tokens=(7, 9))[:2] == [7, 9]
+    assert not set(tokens(banned_tokens=tuple(set(tokens())))) & set(tokens())
+    assert set(tokens(logit_bias=("42=1000",))) == {42}
+    assert len(set(tokens(logit_bias=("42=40",), frequency_penalty=100))) == 10
+    with pytest.raises(UserError, match="token 261: the vocabulary has the ids 0 to 260"):
+        tokens(banned_tokens=(261,))
+    with pytest.raises(UserError, match="every token is banned"):
+        tokens(banned_tokens=tuple(range(261)))
+
+
+def test_log_probabilities_are_the_models_own(gpt: GPT) -> None:
+    """Whatever options bend the draw."""
+    ids = [1, 2, 3]
+    bent = options(temperature=2, top_k=5, logit_bias=("9=3",), max_new_tokens=6)
+    for step in complete(gpt, [Request(ids, 1)], bent, block_size=24, top=3):
+        with torch.no_grad():
+            logprobs = gpt(torch.tensor([ids]))[0, -1].log_softmax(0)
+        assert step.token.logprob == pytest.approx(float(logprobs[step.token.id]), abs=1e-4)
+        assert [token for token, _ in step.token.top] == logprobs.topk(3).indices.tolist()
+        assert step.token.top[0][1] == pytest.approx(float(logprobs.max()), abs=1e-4)
+        ids.append(step.token.id)
+
+
+def test_logits_that_are_not_finite_are_the_machines_failure(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "logits", lambda x: torch.full((len(x), 261), math.nan))
+    with pytest.raises(MachineError, match="not finite"):
+        draw_all(gpt, [[1]])
+
+
 BYTES = ByteTokenizer()
+
+
+def stream(tokens: list[int], stop: list[str] = ()) -> list[str]:
+    text = TextStream(BYTES, stop)
+    pieces = []
+    for token in tokens:
+        pieces.append(text.push(token))
+        if text.stopped:
+            break
+    return [*pieces, text.close()]
 
 
 @given(st.text(max_size=40))
 def test_streaming_gives_whole_characters_and_all_of_them(text: str) -> None:
-    pieces = list(stream_text(BYTES, BYTES.encode(text)))
+    pieces = stream(BYTES.encode(text))
     assert "".join(pieces) == text
     assert not any("�" in piece for piece in pieces) or "�" in text
 
@@ -160,8 +281,20 @@ def test_streaming_ends_before_the_first_stop_text(text: str, stop: list[str]) -
     ends = [text.index(s) + len(s) for s in stop if s in text]
     seen = text[: min(ends)] if ends else text
     expected = text[: min(text.index(s) for s in stop if s in seen)] if cuts else text
-    assert "".join(stream_text(BYTES, BYTES.encode(text), stop)) == expected
+    assert "".join(stream(BYTES.encode(text), stop)) == expected
 
 
 def test_a_broken_character_at_the_end_is_shown_as_such() -> None:
-    assert "".join(stream_text(BYTES, list("é".encode()[:1]))) == "�"
+    assert "".join(stream(list("é".encode()[:1]))) == "�"
+
+
+@pytest.mark.parametrize("text", ["e\u0301a\u0301", "ac\u0327a\u0303o", "👩\u200d🚀👍🏽", "🇧🇷🇵🇹!", "नि", "a\n\u0301"])
+def test_streaming_does_not_part_a_character_from_its_marks(text: str) -> None:
+    pieces = [piece for piece in stream(BYTES.encode(text)) if piece]
+    clusters = regex.findall(r"\X", text)
+    assert "".join(pieces) == text
+    assert set(pieces) <= {"".join(clusters[i:j]) for i in range(len(clusters)) for j in range(i + 1, len(clusters) + 1)}
+
+
+def test_text_comes_one_character_late_and_lines_at_once() -> None:
+    assert stream(list(b"ab\nc")) == ["", "a", "b\n", "", "c"]

@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"model"}
-LAZY = {"wandb", "matplotlib", "babel", "transformers", "datasets", "huggingface_hub", "tokenizers", "rustbpe", "pooch"}
+LAZY = {
+    "wandb",
+    "prompt_toolkit",
+    "matplotlib",
+    "babel",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "tokenizers",
+    "rustbpe",
+    "pooch",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

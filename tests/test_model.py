@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import model as model_file
 from model import GPT, PRESETS, GPTConfig, RMSNorm, SquaredReLU, attend, attention_mask, plain_attention, positions, rotate
@@ -27,10 +27,10 @@ def random_ids(batch: int = 3, length: int = 32) -> Tensor:
     return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def test_gpt2_preset_is_hugging_face_gpt2() -> None:
+def hugging_face_gpt2(gpt: GPT) -> nn.Module:
+    """The same model in Hugging Face's GPT-2, which must have the preset `gpt2`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    gpt = random_model(**PRESETS["gpt2"])
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
     names = {"wte.weight": gpt.embed.weight[:97], "wpe.weight": gpt.pos_embed.weight}
     names |= {"ln_f.weight": gpt.norm.weight, "ln_f.bias": gpt.norm.bias}
@@ -48,22 +48,20 @@ def test_gpt2_preset_is_hugging_face_gpt2() -> None:
             }
     assert {f"transformer.{name}" for name in names} | {"lm_head.weight"} == set(theirs.state_dict())
     theirs.load_state_dict({f"transformer.{k}": v for k, v in names.items()} | {"lm_head.weight": gpt.embed.weight[:97]})
-    with torch.no_grad():
-        assert (gpt(random_ids()) - theirs(random_ids()).logits).abs().max() < 1e-4
+    return theirs
 
 
-@pytest.mark.parametrize("n_kv_head", [None, 2])
-def test_modern_preset_is_hugging_face_nanochat(n_kv_head: int | None) -> None:
+def hugging_face_nanochat(gpt: GPT) -> nn.Module:
+    """The same model in Hugging Face's NanoChat, which must have the preset `modern`."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
-    gpt = random_model(n_kv_head=n_kv_head)
     config = NanoChatConfig(
         vocab_size=97,
         hidden_size=32,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=n_kv_head,
+        num_key_value_heads=gpt.config.n_kv_head,
         max_position_embeddings=32,
     )
     theirs = NanoChatForCausalLM(config).eval()
@@ -78,8 +76,20 @@ def test_modern_preset_is_hugging_face_nanochat(n_kv_head: int | None) -> None:
             f"model.layers.{i}.mlp.fc2.weight": block.mlp.proj.weight,
         }
     theirs.load_state_dict(names)  # strict: every weight of theirs has one of ours
+    return theirs
+
+
+def test_gpt2_preset_is_hugging_face_gpt2() -> None:
+    gpt = random_model(**PRESETS["gpt2"])
     with torch.no_grad():
-        ours, logits = gpt(random_ids()), theirs(random_ids()).logits
+        assert (gpt(random_ids()) - hugging_face_gpt2(gpt)(random_ids()).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2])
+def test_modern_preset_is_hugging_face_nanochat(n_kv_head: int | None) -> None:
+    gpt = random_model(n_kv_head=n_kv_head)
+    with torch.no_grad():
+        ours, logits = gpt(random_ids()), hugging_face_nanochat(gpt)(random_ids()).logits
     assert ours.std() > 1, "logits so flat that the comparison would prove nothing"
     assert (ours - logits).abs().max() < 1e-4
 

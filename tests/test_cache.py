@@ -1,0 +1,192 @@
+"""Decoding with the cache against the model without: logits, greedy tokens, beyond the context, beside Hugging Face."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import hugging_face_gpt2, hugging_face_nanochat, random_ids, random_model
+from torch import nn
+
+from model import GPT, PRESETS
+from papagaio import generate as generation
+from papagaio.cache import Cache
+from papagaio.config import SamplingOptions
+from papagaio.generate import Request, complete, generate, greedy_batch
+from papagaio.rows import Int8Linear, RowLinear, prepare
+
+VARIANTS = {
+    "modern": {},
+    "gpt2": PRESETS["gpt2"],
+    "frontier": PRESETS["frontier"],
+    "grouped": {"n_kv_head": 2},
+    "windows": {"window_pattern": "SL", "window_size": 5},
+    "sinusoidal": {"position": "sinusoidal", "n_kv_head": 1},
+    "learned and smeared": {"position": "learned", "smear": True, "bigram_rows": 50, "value_embed_interval": 1, "n_kv_head": 2},
+}
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def greedy(gpt: GPT, prompt: list[int], count: int) -> list[int]:
+    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=count)
+    return list(generate(gpt, prompt, options, block_size=gpt.config.block_size))
+
+
+@torch.no_grad()
+def uncached(gpt: GPT, prompt: list[int], count: int, half: bool = False) -> list[int]:
+    """The reference: the whole context read again for every token. With `half`, half of it is forgotten when it is full."""
+    ids, start = list(prompt), 0
+    for _ in range(count):
+        if half and len(ids) - start > gpt.config.block_size:
+            start = len(ids) - 1 - gpt.config.block_size // 2
+        ids.append(int(gpt(torch.tensor([ids[start:]]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@each_variant
+@pytest.mark.parametrize("fixed", [False, True])
+@settings(max_examples=6, deadline=None)
+@given(cuts=st.lists(st.integers(1, 31), max_size=12, unique=True))
+@torch.no_grad()
+def test_logits_in_any_pieces_are_those_of_the_whole(variant: str, fixed: bool, cuts: list[int]) -> None:
+    gpt, ids = random_model(**VARIANTS[variant]), random_ids()
+    cache = Cache(gpt.config, 3, slots=32 if fixed else 0, fixed=fixed)
+    pieces = []
+    for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 32], strict=True):
+        part = ids[:, start:stop]
+        cache.make_room(stop - start)
+        pieces.append(gpt.logits(gpt.hidden(part, cache=cache)))
+        cache.advance(part, [stop - start] * 3)
+    assert (torch.cat(pieces, 1) - gpt(ids)).abs().max() < 1e-4
+
+
+@each_variant
+@pytest.mark.parametrize("fixed", [False, True])
+@torch.no_grad()
+def test_rows_of_different_lengths_have_the_logits_that_each_has_alone(variant: str, fixed: bool) -> None:
+    gpt, ids, lengths = random_model(**VARIANTS[variant]), random_ids(), [9, 1, 14]
+    cache = Cache(gpt.config, 3, slots=32 if fixed else 0, fixed=fixed)
+    cache.make_room(14)
+    gpt.hidden(ids[:, :14], cache=cache)  # padded with whatever stands there
+    cache.advance(ids[:, :14], lengths)
+    cache = cache.select([2, 0, 1])
+    other = Cache(gpt.config, 1)
+    other.make_room(4)
+    gpt.hidden(ids[:1, 20:24], cache=other)
+    other.advance(ids[:1, 20:24], [4])
+    cache.put([2], other)
+    cache.make_room(1)
+    found = gpt.logits(gpt.hidden(ids[:, 30:31], cache=cache))[:, 0]
+    for i, before in enumerate((ids[2, :14], ids[0, :9], ids[0, 20:24])):
+        alone = gpt(torch.cat((before, ids[i, 30:31]))[None])[0, -1]
+        assert (found[i] - alone).abs().max() < 1e-4
+
+
+@each_variant
+def test_greedy_output_is_the_uncached_one(variant: str) -> None:
+    gpt = random_model(**VARIANTS[variant])
+    prompts = [random_ids(1, length)[0].tolist() for length in (1, 3, 8, 20, 5)]
+    expected = [uncached(gpt, prompt, 12) for prompt in prompts]
+    assert [greedy(gpt, prompt, 12) for prompt in prompts] == expected
+    assert greedy_batch(gpt, prompts, 12, end=97) == expected
+
+
+@pytest.mark.parametrize("variant", ["modern", "grouped", "frontier", "windows"])
+def test_rotary_positions_go_on_beyond_the_context_by_dropping_the_oldest(variant: str) -> None:
+    """As a model whose every block looks back block_size tokens at most would."""
+    gpt = random_model(**VARIANTS[variant])
+    longer = random_model(**VARIANTS[variant] | {"block_size": 400})
+    longer.load_state_dict(gpt.state_dict())
+    longer.windows = [window or 32 for window in gpt.windows]
+    prompt = random_ids(1, 20)[0].tolist()
+    assert greedy(gpt, prompt, 320) == uncached(longer, prompt, 320)  # more than the slots there are: they are used again
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "sinusoidal", "learned and smeared"])
+def test_other_positions_begin_again_with_half_the_context(variant: str) -> None:
+    gpt = random_model(**VARIANTS[variant])
+    prompt = random_ids(1, 20)[0].tolist()
+    expected = uncached(gpt, prompt, 70, half=True)
+    assert greedy(gpt, prompt, 70) == expected
+    assert greedy_batch(gpt, [prompt[:3], prompt], 70, end=97)[1] == expected
+
+
+def test_a_context_that_is_full_is_said_once() -> None:
+    gpt, said = random_model(), []
+    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=40)
+    for _ in complete(gpt, [Request([1] * 10)] * 2, options, block_size=32, notice=lambda: said.append(1)):
+        pass
+    assert said == [1]
+    list(complete(gpt, [Request([1])], options.model_copy(update={"max_new_tokens": 31}), block_size=32, notice=said.clear))
+    assert said == [1]
+
+
+@pytest.mark.parametrize(("options", "twin"), [(PRESETS["gpt2"], hugging_face_gpt2), ({"n_kv_head": 2}, hugging_face_nanochat)])
+def test_greedy_output_is_hugging_faces(options: dict, twin: Callable[[GPT], nn.Module]) -> None:
+    gpt = random_model(**options)
+    theirs = twin(gpt)
+    for length in (1, 6, 12):
+        prompt = random_ids(1, length)
+        asked = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+        expected = theirs.generate(prompt, max_new_tokens=20, min_new_tokens=20, **asked)[0, length:]
+        assert greedy(gpt, prompt[0].tolist(), 20) == expected.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("outputs", [64, 97])
+@torch.inference_mode()
+def test_layers_for_decoding_are_linear(rows: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(128, outputs), torch.randn(rows, 1, 128)
+    expected = layer(x)
+    enabled = torch.backends.mkldnn.enabled
+    assert torch.allclose(RowLinear(layer.weight, layer.bias)(x), expected, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = RowLinear(layer.weight.bfloat16(), layer.bias)(x)
+        assert half.dtype == torch.bfloat16
+        assert torch.allclose(half, layer(x), atol=0.02)
+    assert torch.backends.mkldnn.enabled == enabled
+    eight = Int8Linear(layer.weight, layer.bias)
+    rounded = eight.weight * eight.scale[:, None]
+    assert (rounded - layer.weight).abs().max() <= layer.weight.abs().max() / 254 * 1.001, "half a step"
+    exact = x.bfloat16().float() @ rounded.T + layer.bias
+    assert torch.allclose(eight(x), exact, atol=0.02)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@each_variant
+@torch.inference_mode()
+def test_a_prepared_model_gives_nearly_the_same_logits(variant: str, quantize: str) -> None:
+    gpt, ids = random_model(**VARIANTS[variant]), random_ids()
+    before = gpt(ids)
+    prepare(gpt, quantize)
+    assert not any(type(module) is nn.Linear for module in gpt.modules())
+    difference = (gpt(ids) - before).norm() / before.norm()
+    assert difference < (1e-5 if quantize == "none" else 0.05)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("variant", ["modern", "gpt2", "frontier"])
+def test_the_compiled_step_gives_the_same_tokens(variant: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that end at different times, and requests that wait; on a CPU the compiler's front end alone."""
+    if device == "cpu":
+        compiled_step = torch.compile(generation.next_logits, backend="eager", dynamic=False)
+        monkeypatch.setattr(generation, "compiled_next_logits", lambda device_type: compiled_step)
+    gpt = random_model(**VARIANTS[variant]).to(device)
+    prepare(gpt)
+    requests = [Request(random_ids(1, length)[0].tolist()) for length in (9, 2, 5)]
+    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=14)
+
+    def tokens(compiled: bool, end: list[int]) -> list[list[int]]:
+        more = {"block_size": 32, "batch_size": 2, "device": torch.device(device), "compiled": compiled, "end": end}
+        found: list[list[int]] = [[], [], []]
+        for step in complete(gpt, requests, options, **more):
+            found[step.index].append(step.token.id)
+        return found
+
+    end = [tokens(False, [])[0][3]]  # the first request ends early
+    expected = tokens(False, end)
+    assert min(map(len, expected)) < 14
+    assert tokens(True, end) == expected
