@@ -138,13 +138,13 @@ def draw(results: list[dict[str, Any]], config: KnowledgeCurveOptions) -> None:
 
     whole = [row for row in results if row["share"] == 100]
     most = [row for row in results if row["steps"] == max(config.steps)]
-    curve(left, "steps", "held_out", whole, "o-", "fine-tuned, told in pretraining")
-    curve(left, "steps", "few_shot", whole, "s--", "base model, four examples shown")
-    curve(left, "steps", "guessed", whole, "x:", "fine-tuned, never told: guessed")
+    curve(left, "steps", "held_out", whole, "C0o-", "fine-tuned, told in pretraining")
+    curve(left, "steps", "few_shot", whole, "C1s--", "base model, four examples shown")
+    curve(left, "steps", "guessed", whole, "C2x:", "fine-tuned, never told: guessed")
     left.set_xlabel("steps of pretraining")
     left.set_ylabel("held-out exact match (%)")
-    curve(right, "share", "held_out", most, "o-", f"after {max(config.steps):,} steps of pretraining")
-    curve(right, "share", "guessed", most, "x:", "never told: guessed")
+    curve(right, "share", "held_out", most, "C0o-", f"after {max(config.steps):,} steps of pretraining")
+    curve(right, "share", "guessed", most, "C2x:", "never told: guessed")
     right.set_xlabel("entities asked about in fine-tuning (%)")
     for axes, key in ((left, "steps"), (right, "share")):
         axes.set_xscale("log")
