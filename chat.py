@@ -32,8 +32,9 @@ from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
 from papagaio.dialogue import Message, render_prompt
-from papagaio.generate import Request, TextStream, complete, special_ids
+from papagaio.generate import Request, complete, special_ids
 from papagaio.rows import can_compile, prepare
+from papagaio.streaming import TextStream
 from papagaio.terminal import dim
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -141,7 +142,10 @@ class Chat:
         """Ids of what the model is to go on from. Whole turns, the oldest first, are left out where the context is too short."""
         block_size = self.model.config.block_size
         if not self.tuned:
-            return [self.tokenizer.special[END_OF_TEXT], *self.tokenizer.encode(self.history[-1].content)]
+            ids = [self.tokenizer.special[END_OF_TEXT], *self.tokenizer.encode(self.history[-1].content)]
+            if len(ids) > block_size:
+                print(f"the text has {len(ids)} tokens; the model sees the last {block_size}", file=sys.stderr)
+            return ids
         system = self.history[: bool(self.history) and self.history[0].role == "system"]
         room = min(self.config.max_new_tokens, block_size // 4)  # for the answer
         while len(prompt := render_prompt(self.tokenizer, [*system, *self.history[self.oldest :]])) + room > block_size:
