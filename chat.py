@@ -56,10 +56,10 @@ def main(config: ChatOptions) -> None:
     model = checkpoint.build(lambda fields: GPT(GPTConfig(**fields)), device, dtype)
     prepare(model, config.quantize)
     compiled = config.compile and can_compile(device)
-    tuned = checkpoint.state.get("stage") == "finetune"
+    tuned = checkpoint.state.get("stage") != "pretrain"
     chat = Chat(model, checkpoint.tokenizer, config, tuned, compiled)
     if not chat.tuned:
-        print("this model was not fine-tuned: it completes texts rather than answers (see finetune.py)", file=sys.stderr)
+        print("this model was not fine-tuned (see finetune.py): it continues your text instead of answering", file=sys.stderr)
     with runtime.autocast(device, dtype):
         if config.ask is not None:
             chat.ask(config.ask)
