@@ -32,8 +32,9 @@ from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
 from papagaio.dialogue import Message, render_prompt
-from papagaio.generate import Request, TextStream, complete, special_ids
+from papagaio.generate import Request, complete, special_ids
 from papagaio.rows import can_compile, prepare
+from papagaio.streaming import TextStream
 from papagaio.terminal import dim
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -55,10 +56,10 @@ def main(config: ChatOptions) -> None:
     model = checkpoint.build(lambda fields: GPT(GPTConfig(**fields)), device, dtype)
     prepare(model, config.quantize)
     compiled = config.compile and can_compile(device)
-    tuned = checkpoint.state.get("stage") == "finetune"
+    tuned = checkpoint.state.get("stage") != "pretrain"
     chat = Chat(model, checkpoint.tokenizer, config, tuned, compiled)
     if not chat.tuned:
-        print("this model was not fine-tuned: it completes texts rather than answers (see finetune.py)", file=sys.stderr)
+        print("this model was not fine-tuned (see finetune.py): it continues your text instead of answering", file=sys.stderr)
     with runtime.autocast(device, dtype):
         if config.ask is not None:
             chat.ask(config.ask)
@@ -141,7 +142,10 @@ class Chat:
         """Ids of what the model is to go on from. Whole turns, the oldest first, are left out where the context is too short."""
         block_size = self.model.config.block_size
         if not self.tuned:
-            return [self.tokenizer.special[END_OF_TEXT], *self.tokenizer.encode(self.history[-1].content)]
+            ids = [self.tokenizer.special[END_OF_TEXT], *self.tokenizer.encode(self.history[-1].content)]
+            if len(ids) > block_size:
+                print(f"the text has {len(ids)} tokens; the model sees the last {block_size}", file=sys.stderr)
+            return ids
         system = self.history[: bool(self.history) and self.history[0].role == "system"]
         room = min(self.config.max_new_tokens, block_size // 4)  # for the answer
         while len(prompt := render_prompt(self.tokenizer, [*system, *self.history[self.oldest :]])) + room > block_size:

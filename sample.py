@@ -59,8 +59,9 @@ from typing import Any
 from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
-from papagaio.generate import Request, Step, TextStream, complete, special_ids
+from papagaio.generate import Request, Step, complete, special_ids
 from papagaio.rows import can_compile, prepare
+from papagaio.streaming import TextStream
 from papagaio.terminal import coloured, colours
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 

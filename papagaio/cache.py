@@ -45,6 +45,13 @@ class Cache:
         self.dropped = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens that were there before slot 0
         self.previous = torch.full((rows,), config.vocab_size, device=device)  # the last token; vocab_size: none
         self.filled = [0] * rows  # the same as lengths, where the device need not be asked
+        self._stay()
+
+    def _stay(self) -> None:
+        """Promise the compiler that these tensors stay where they are: a CUDA graph then writes into them, without copies."""
+        if self.fixed:
+            for tensor in (*self.keys, *self.values, self.lengths, self.dropped, self.previous):
+                torch._dynamo.mark_static_address(tensor)
 
     # What the model asks.
 
@@ -109,6 +116,7 @@ class Cache:
                 for i, tensor in enumerate(tensors):
                     tensors[i] = torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], grown - self.slots, tensor.size(3))), 2)
             self.slots = grown
+            self._stay()
 
     def _drop_oldest(self, keep: int) -> None:
         """Forget all but the last `keep` tokens of each row; what is kept moves to the front, its keys as they are."""
@@ -140,6 +148,7 @@ class Cache:
         other.keys, other.values = ([tensor[index] for tensor in tensors] for tensors in (self.keys, self.values))
         other.lengths, other.dropped, other.previous = self.lengths[index], self.dropped[index], self.previous[index]
         other.filled = [self.filled[row] for row in rows]
+        other._stay()
         return other
 
     def put(self, rows: Sequence[int], other: "Cache") -> None:

@@ -104,6 +104,24 @@ def test_rotary_positions_go_on_beyond_the_context_by_dropping_the_oldest(varian
     assert greedy(gpt, prompt, 320) == uncached(longer, prompt, 320)  # more than the slots there are: they are used again
 
 
+@pytest.mark.parametrize("variant", ["modern", "frontier"])
+@torch.no_grad()
+def test_every_token_beyond_the_context_sees_as_many_as_before(variant: str) -> None:
+    """Also right after room was made: 300 tokens do not fit into 256 slots."""
+    gpt = random_model(**VARIANTS[variant])
+    longer = random_model(**VARIANTS[variant] | {"block_size": 400})
+    longer.load_state_dict(gpt.state_dict())
+    longer.windows = [window or 32 for window in gpt.windows]
+    ids, cache, found = random_ids(2, 300), Cache(gpt.config, 2), []
+    for start in range(0, 300, 5):
+        part = ids[:, start : start + 5]
+        cache.make_room(5)
+        found.append(gpt.logits(gpt.hidden(part, cache=cache)))
+        cache.advance(part, [5, 5])
+    assert cache.slots == 256
+    assert (torch.cat(found, 1) - longer(ids)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("variant", ["gpt2", "sinusoidal", "learned and smeared"])
 def test_other_positions_begin_again_with_half_the_context(variant: str) -> None:
     gpt = random_model(**VARIANTS[variant])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from papagaio.config import MachineError, SamplingOptions, UserError
-from papagaio.generate import Request, TextStream, complete, generate, greedy_batch
+from papagaio.generate import Request, complete, generate, greedy_batch
 from papagaio.sampling import (
     add_bias,
     ban,
@@ -24,6 +24,7 @@ from papagaio.sampling import (
     penalize_frequency,
     penalize_repetition,
 )
+from papagaio.streaming import TextStream
 from papagaio.tokenizer import ByteTokenizer
 
 LOGITS = st.lists(st.floats(-20, 20), min_size=1, max_size=12, unique=True).map(lambda row: torch.tensor([row]))
