@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import NAMES, ROOT
-from test_bad_input import OPTIONS
 
 from papagaio.config import parse, run
 
@@ -35,7 +34,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(sys, "stdin", text if name == "sample" else io.StringIO(stdin))
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            run(module.main, parse(getattr(module, OPTIONS[name]), ["--dtype=float32", *map(str, argv)]))
+            run(module.main, parse(getattr(module, f"{name.capitalize()}Options"), ["--dtype=float32", *map(str, argv)]))
         found = capsys.readouterr()
         assert end.value.code == 0, found.err
         return found.out, found.err
