@@ -127,12 +127,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
     ]
     for argv in (
         ["data/prepare.py", "--input", home / "corpus.jsonl", "--out", home / "data", "--vocab_size=300"],
-        ["train.py", "--data", home / "data", "--out_dir", home / "base", "--max_steps=200", "--eval_interval=100", *small],
+        ["train.py", "--data", home / "data", "--out_dir", home / "base", "--max_steps=300", "--eval_interval=150", *small],
         [
             *("finetune.py", "--init_from", home / "base", "--data", home / "qa_train.jsonl", "--out_dir", home / "chat"),
             *("--test_data", home / "qa_test.jsonl", "--control_data", home / "qa_test.jsonl"),
-            *("--replay_data", home / "data", "--replay=0.3", "--max_steps=60", "--batch_size=20", "--learning_rate=0.01"),
-            *("--embedding_learning_rate=0.1", "--head_learning_rate=0.005", "--val_fraction=0.1", "--dtype=float32"),
+            *("--replay_data", home / "data", "--replay=0.3", "--max_steps=100", "--batch_size=20"),
+            *("--val_fraction=0.1", "--dtype=float32", "--sample_tokens=8"),
         ],
     ):
         done = script(*argv)

@@ -90,7 +90,7 @@ CASES = [
         2,
         "nowhere/manifest.json: No such file or directory; data/prepare.py makes",
     ),
-    ("train", "--data={w}/base/checkpoints/step-200 --out_dir={c}/out", 2, "not a dataset's manifest"),
+    ("train", "--data={w}/base/checkpoints/step-300 --out_dir={c}/out", 2, "not a dataset's manifest"),
     ("train", "--data={w}/data --out_dir={c}/out --block_size=9999999", 2, "fewer than one block of 9999999"),
     ("train", "--data={w}/data --out_dir={c}/out --n_head=5 --n_embd=25", 2, "even head size"),
     ("train", "--data={w}/data --out_dir={c}/out --n_head=5", 2, "n_embd 384 is not divisible by n_head 5"),

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import NAMES, ROOT, Script
+from conftest import NAMES, ROOT, Call, Script
 from safetensors import safe_open
 
 from model import GPT, GPTConfig
@@ -24,15 +24,15 @@ SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
 def test_pretraining_learns_and_reports(world: Path) -> None:
     lines = read_metrics(world / "base" / "metrics.jsonl")
     evaluations = [line for line in lines if "val_loss" in line]
-    assert [line["step"] for line in evaluations] == [0, 100, 200]
+    assert [line["step"] for line in evaluations] == [0, 150, 300]
     assert evaluations[0]["val_loss"] > 5 > 1.7 > evaluations[-1]["val_loss"]
     assert all(line["val_bpb"] > 0 for line in evaluations)
     training = [line for line in lines if "train_loss" in line]
-    assert [line["step"] for line in training] == list(range(20, 201, 20))
+    assert [line["step"] for line in training] == list(range(20, 301, 20))
     assert all(
         {"tokens", "elapsed_seconds", "learning_rate", "grad_norm", "tokens_per_second"} <= line.keys() for line in training
     )
-    assert training[-1]["tokens"] == 200 * 16 * 64
+    assert training[-1]["tokens"] == 300 * 16 * 64
     assert training[-1]["learning_rate"] < training[0]["learning_rate"]
 
 
@@ -43,7 +43,7 @@ def test_a_run_explains_itself(world: Path) -> None:
     assert options["preset"] == "modern"
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     name = (run / "checkpoints" / "last").read_text().strip()
-    assert name == "step-200"
+    assert name == "step-300"
     checkpoint = run / "checkpoints" / name
     fields = json.loads((checkpoint / "model.json").read_text())
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
@@ -147,10 +147,6 @@ def test_resume_ends_where_an_uninterrupted_run_does(world: Path, tmp_path: Path
     command = ["train.py", "--data", world / "data", *SMALL, *options, "--max_steps=24", "--eval_interval=8", "--log_interval=4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert script(*command, "--out_dir", whole, "--checkpoint_interval=10").returncode == 0
-    again = tmp_path / "again"
-    assert script(*command, "--out_dir", again, "--checkpoint_interval=10").returncode == 0
-    assert comparable(again) == comparable(whole)
-
     process = subprocess.Popen(
         [sys.executable, *map(str, command), "--out_dir", str(parts), "--checkpoint_interval=10"],
         cwd=ROOT,
@@ -195,44 +191,43 @@ def test_a_signal_saves_and_ends_with_its_status(world: Path, tmp_path: Path, sc
         assert open_checkpoint(tmp_path / "run").state["step"] == step
 
 
-def test_a_run_is_not_overwritten_unasked(world: Path, tmp_path: Path, script: Script) -> None:
-    command = ["train.py", "--data", world / "data", *SMALL, "--max_steps=2", "--out_dir", tmp_path / "run"]
-    assert script(*command).returncode == 0
+def test_a_run_is_not_overwritten_unasked(world: Path, tmp_path: Path, call: Call) -> None:
+    command = ["train", "--data", world / "data", *SMALL, "--max_steps=2", "--out_dir", tmp_path / "run"]
+    assert call(*command)[0] == 0
     before = comparable(tmp_path / "run")
-    refused = script(*command)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
+    status, _, err = call(*command)
+    assert status == 2
+    assert "--resume" in err
     assert comparable(tmp_path / "run") == before
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert script(*command, "--overwrite", "--seed=5").returncode == 0
+    assert call(*command, "--overwrite", "--seed=5")[0] == 0
     assert comparable(tmp_path / "run") != before
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    changed = script(*command, "--resume", "--n_embd=64", "--max_steps=4", "--seed=5")
-    assert changed.returncode == 2
-    assert "n_embd was 32, now it is 64" in changed.stderr
+    status, _, err = call(*command, "--resume", "--n_embd=64", "--max_steps=4", "--seed=5")
+    assert status == 2
+    assert "n_embd was 32, now it is 64" in err
 
 
-def test_accumulation_gives_the_same_training(world: Path, tmp_path: Path, script: Script) -> None:
+def test_accumulation_gives_the_same_training(world: Path, tmp_path: Path, call: Call) -> None:
     losses = []
     for size in (4, 1):
         out = tmp_path / str(size)
-        command = ["train.py", "--data", world / "data", *SMALL, "--max_steps=8", "--log_interval=1", "--out_dir", out]
+        command = ["train", "--data", world / "data", *SMALL, "--max_steps=8", "--log_interval=1", "--out_dir", out]
         command.append("--dtype=float32")  # in bfloat16 batches of other sizes round otherwise
-        assert script(*command, f"--micro_batch_size={size}").returncode == 0
+        assert call(*command, f"--micro_batch_size={size}")[0] == 0
         losses.append([line["train_loss"] for line in read_metrics(out / "metrics.jsonl") if "train_loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
 
 
-def test_best_and_last_name_checkpoints(world: Path, tmp_path: Path, script: Script) -> None:
-    command = ["train.py", "--data", world / "data", *SMALL, "--out_dir", tmp_path / "run"]
-    assert script(*command, "--max_steps=30", "--eval_interval=10", "--checkpoint_interval=7").returncode == 0
+def test_best_and_last_name_checkpoints(world: Path, tmp_path: Path, call: Call) -> None:
+    command = ["train", "--data", world / "data", *SMALL, "--out_dir", tmp_path / "run"]
+    assert call(*command, "--max_steps=30", "--eval_interval=10", "--checkpoint_interval=7")[0] == 0
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
     named = {(tmp_path / "run" / "checkpoints" / name).read_text().strip() for name in ("last", "best")}
     assert kept == named
     assert "step-30" in named
-    best = script("sample.py", "--checkpoint", tmp_path / "run" / "checkpoints" / "best", "--max_new_tokens=2")
-    assert best.returncode == 0
+    assert call("sample", "--checkpoint", tmp_path / "run" / "checkpoints" / "best", "--max_new_tokens=2")[0] == 0
 
 
 def test_dry_run_prints_its_lines_and_writes_nothing(world: Path, tmp_path: Path, script: Script) -> None:
