@@ -132,8 +132,8 @@ class SamplingOptions(Options):
         "auto", "of matrix products; auto: bfloat16 where the hardware computes it"
     )
 
-    quantize: Literal["none", "int8"] = option("none", "weights of 8 bits: half of bfloat16's memory, and as good as exact")
-    compile: bool = option(False, "compile the step of a token: half a minute at first, then faster; for large models")
+    quantize: Literal["none", "int8"] = option("none", "weights of 8 bits, a scale a row: half of bfloat16's memory")
+    compile: bool = option(False, "compile the step of a token: up to half a minute at first; for large models and long texts")
 
     @property
     def biases(self) -> dict[int, float]:
