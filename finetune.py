@@ -11,7 +11,6 @@ never seen.
 """
 
 import math
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -107,6 +106,7 @@ from papagaio.metrics import read_metrics
 from papagaio.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches
 from papagaio.preference import Pair, PairLoader
 from papagaio.shards import Dataset
+from papagaio.terminal import colours
 from papagaio.tokenizer import Tokenizer
 from train import fit, refuse_existing
 
@@ -119,10 +119,10 @@ def main(config: FinetuneOptions) -> None:
     data = read_data(config, tokenizer, block_size, test)
     if config.preview is not None:
         for example in data.training[: config.preview]:
-            print(*marked(example, tokenizer, sys.stdout.isatty()), sep="\n")
+            print(*marked(example, tokenizer, colours(sys.stdout)), sep="\n")
         return
     print("the first example, and what of it is learnt:", file=sys.stderr)
-    print(*marked(data.training[0], tokenizer, sys.stderr.isatty()), sep="\n", file=sys.stderr)
+    print(*marked(data.training[0], tokenizer, colours(sys.stderr)), sep="\n", file=sys.stderr)
     config = with_recipe(config, checkpoint, data)
     replay, replayed = open_replay(config, tokenizer, block_size, data)
 
@@ -338,12 +338,12 @@ def pairs_loader(config: FinetuneOptions, data: Data, reference: torch.Tensor, r
     return PairLoader(data.training, reference, data.mixture, config.batch_size, replay, config.replay_weight)
 
 
-def marked(example: Example | Pair, tokenizer: Tokenizer, on_terminal: bool) -> list[str]:
-    """An example's text; what is learnt is green on a terminal, between [[ and ]] elsewhere. Of a pair, both answers."""
+def marked(example: Example | Pair, tokenizer: Tokenizer, in_colour: bool) -> list[str]:
+    """An example's text; what is learnt is green, or between [[ and ]]. Of a pair, both answers."""
     if isinstance(example, Pair):
         sides = zip(("chosen: ", "rejected: "), example, strict=True)
-        return [name + line for name, side in sides for line in marked(side, tokenizer, on_terminal)]
-    start, end = ("\x1b[32m", "\x1b[0m") if on_terminal and "NO_COLOR" not in os.environ else ("[[", "]]")
+        return [name + line for name, side in sides for line in marked(side, tokenizer, in_colour)]
+    start, end = ("\x1b[32m", "\x1b[0m") if in_colour else ("[[", "]]")
     text = ""
     for learnt, group in groupby(zip(example.ids.tolist(), example.learnt.tolist(), strict=True), key=lambda pair: pair[1]):
         piece = tokenizer.decode(token for token, _ in group)
