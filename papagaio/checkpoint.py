@@ -123,9 +123,9 @@ class Checkpoint:
             if dtype is not None:
                 tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
             model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
+        except (UserError, MachineError):
+            raise
         except (RuntimeError, ValueError) as error:
-            if isinstance(error, (UserError, MachineError)):
-                raise
             raise UserError(f"{self.path}: the weights do not fit the model: {error}") from None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -158,7 +158,7 @@ def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
     for: `base`, or what their run's config.toml names. Raises UserError where it is none of these, or damaged: the file is
     named.
     """
-    run, path = path, resolve(path)
+    path = resolve(path)
     try:
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name, sha256 in files.items():
@@ -168,9 +168,6 @@ def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         adapted = "adapter_model.safetensors" in files
         weights_sha256 = files["adapter_model.safetensors" if adapted else "model.safetensors"]
-        best = run / "checkpoints" / "best"
-        if state.get("stopped_early") and best.is_file():
-            return open_checkpoint(best, base)
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}; a checkpoint has this file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -205,12 +202,22 @@ def resolve(path: Path) -> Path:
     if (path / "manifest.json").exists() and not (path / "model.json").exists():
         raise UserError(f"{path}: a dataset, not a checkpoint; name a run or a checkpoint directory")
     if (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / "last"
+        path = path / "checkpoints" / ("best" if _stopped_early(path / "checkpoints") else "last")
     if path.is_file() and path.name in ("last", "best"):
         path = path.parent / path.read_text(encoding="utf-8").strip()
     if not (path / "manifest.json").exists():
         raise UserError(f"{path}: not a checkpoint (no manifest.json); name a run, or a directory run/checkpoints/step-N")
     return path
+
+
+def _stopped_early(checkpoints: Path) -> bool:
+    """Whether a run ended because it got no better. What cannot be read is named by who opens it."""
+    try:
+        name = (checkpoints / "last").read_text(encoding="utf-8").strip()
+        state = json.loads((checkpoints / name / "state.json").read_text(encoding="utf-8"))
+        return bool(state["stopped_early"]) and (checkpoints / "best").is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:

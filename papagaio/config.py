@@ -11,6 +11,7 @@ Nothing here imports torch, so that a mistyped option costs a fraction of a seco
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -18,7 +19,7 @@ import re
 import signal
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
@@ -27,6 +28,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 class UserError(ValueError):
     """A user's mistake. The message says what is wrong, where (file:line) and what would be right; exit status 2."""
+
+
+@contextlib.contextmanager
+def located(place: str) -> Iterator[None]:
+    """A UserError that is raised inside says first where (file:line)."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 class MachineError(RuntimeError):

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from papagaio.config import UserError
+from papagaio.config import located
 from papagaio.conversations import Choice
 from papagaio.dialogue import Conversation, Message, render_prompt
 from papagaio.generate import greedy_batch
 from papagaio.loader import Batch, pad_windows
-from papagaio.runtime import autocast
+from papagaio.packing import Example, collate
+from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
 
 
@@ -33,11 +34,9 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokeniz
     lengths = torch.tensor(tokenizer.byte_lengths, device=device)
     nats = text_nats = torch.zeros((), dtype=torch.float64, device=device)
     predicted = n_bytes = 0
-    was_training = model.training
-    model.eval()
     for batch in batches:
         ids, targets, weights, doc_ids = batch.to(device)
-        with autocast(device, dtype):
+        with evaluating(model), autocast(device, dtype):
             losses = model.losses(ids, targets, doc_ids).double()  # (B, T), 0 where nothing is to be predicted
         wanted = weights > 0
         spelled = torch.where(wanted, lengths[targets.clamp_min(0)], 0)  # (B, T) bytes of each target
@@ -45,7 +44,6 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokeniz
         text_nats = text_nats + losses[spelled > 0].sum()
         predicted += int(wanted.sum())
         n_bytes += int(spelled.sum())
-    model.train(was_training)
     return {"val_loss": float(nats) / predicted, "val_bpb": float(text_nats) / math.log(2) / max(1, n_bytes)}
 
 
@@ -132,25 +130,17 @@ def question_ids(
     As many shots as leave `room` tokens of block_size for an answer; the last ones are kept, of the question's kind before
     others. Raises UserError naming the question where the tokenizer does not know its characters.
     """
-    try:
-        return _question_ids(tokenizer, conversation, shots, block_size, room)
-    except UserError as error:
-        raise UserError(f"{conversation.place}: {error}") from None
-
-
-def _question_ids(
-    tokenizer: Tokenizer, conversation: Conversation, shots: Shots | None, block_size: int, room: int
-) -> tuple[list[int], list[int]]:
-    if shots is None:
-        prompt = render_prompt(tokenizer, conversation.messages[:-1])
-        return prompt, [*tokenizer.encode(conversation.answer), tokenizer.special[END]]
-    question = "".join(f"{message.content}\n" for message in conversation.messages[:-1])
-    texts = ["".join(f"{message.content}\n" for message in shot.messages) + "\n" for shot in shots]
-    while True:
-        prompt = [tokenizer.special[END_OF_TEXT], *tokenizer.encode("".join(texts) + question)]
-        if len(prompt) + room <= block_size or not texts:
-            return prompt, tokenizer.encode(f"{conversation.answer}\n")
-        del texts[0]
+    with located(conversation.place):
+        if shots is None:
+            prompt = render_prompt(tokenizer, conversation.messages[:-1])
+            return prompt, [*tokenizer.encode(conversation.answer), tokenizer.special[END]]
+        question = "".join(f"{message.content}\n" for message in conversation.messages[:-1])
+        texts = ["".join(f"{message.content}\n" for message in shot.messages) + "\n" for shot in shots]
+        while True:
+            prompt = [tokenizer.special[END_OF_TEXT], *tokenizer.encode("".join(texts) + question)]
+            if len(prompt) + room <= block_size or not texts:
+                return prompt, tokenizer.encode(f"{conversation.answer}\n")
+            del texts[0]
 
 
 def choose_shots(pool: Shots, conversation: Conversation, count: int, seed: int = 0) -> list[Conversation]:
@@ -186,15 +176,12 @@ def answer_questions(
     # Questions of like length together, so that little is computed for padding.
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < block_size), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
-    was_training = model.training
-    model.eval()
     for start in tqdm(range(0, len(order), batch_size), "answers", leave=False, disable=None):
         rows = order[start : start + batch_size]
         room = min(limit, block_size - max(len(prompts[i]) for i in rows))
-        with autocast(device, dtype):
+        with evaluating(model), autocast(device, dtype):
             found = greedy_batch(model, [prompts[i] for i in rows], room, end, device)
         answers.update(zip(rows, found, strict=True))
-    model.train(was_training)
 
     results = []
     for i, conversation in enumerate(conversations):
@@ -215,24 +202,18 @@ def answer_nats(
 ) -> Tensor:
     """Nats (N,) of each answer's tokens after its prompt, together; NaN where both do not fit into block_size."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     found = torch.full((len(questions),), torch.nan, dtype=torch.float64)
-    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in questions]
-    order = sorted((i for i, length in enumerate(lengths) if length <= block_size), key=lambda i: lengths[i])
+    examples = [
+        Example(np.array([*prompt, *answer], np.uint32), np.arange(len(prompt) + len(answer)) >= len(prompt))
+        for prompt, answer in questions
+    ]
+    fitting = (i for i, example in enumerate(examples) if example.length <= block_size)
+    order = sorted(fitting, key=lambda i: examples[i].length)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = max(lengths[i] for i in rows)
-        ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        targets = torch.full((len(rows), width), -100)
-        for row, i in enumerate(rows):
-            prompt, answer = questions[i]
-            whole = torch.tensor([*prompt, *answer])
-            ids[row, : lengths[i]] = whole[:-1]
-            targets[row, len(prompt) - 1 : lengths[i]] = whole[len(prompt) :]
-        with autocast(device, dtype):
-            found[rows] = model.losses(ids.to(device), targets.to(device)).double().sum(1).cpu()
-    model.train(was_training)
+        batch = collate([[examples[i]] for i in rows], max(examples[i].length for i in rows), 1.0).to(device)
+        with evaluating(model), autocast(device, dtype):
+            found[rows] = model.losses(batch.ids, batch.targets).double().sum(1).cpu()
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from papagaio.config import UserError
+from papagaio.config import located
 from papagaio.conversations import Report
 from papagaio.dialogue import Conversation, Taught, render
 from papagaio.loader import Batch, WindowLoader, mix, permute
@@ -52,10 +52,8 @@ def encode(
     """
     examples = []
     for conversation in conversations:
-        try:
+        with located(conversation.place):  # a character that the tokenizer does not know
             ids, learnt = render(tokenizer, conversation.messages, train_on)
-        except UserError as error:  # a character that the tokenizer does not know
-            raise UserError(f"{conversation.place}: {error}") from None
         if len(ids) > block_size + 1:
             if too_long == "drop":
                 report.drop(f"longer than the context of {block_size} tokens", conversation.place)
@@ -178,14 +176,16 @@ class ConversationLoader:
         chosen = [self.examples[self.mixture(number)] for number in numbers]
         rows, width = arrange(chosen, self.width, self.packing)
         rows += [[]] * (-len(rows) % self.world_size)
-        batches = [collate(rows[self.part], width, supervised_weight(chosen))]
-        if self.replay is not None:
-            batches += [batch._replace(weights=batch.weights * self.replay_weight) for batch in self.replay(step)]
-        return batches
+        return [collate(rows[self.part], width, supervised_weight(chosen)), *replayed(self.replay, self.replay_weight, step)]
 
     def epochs(self, step: int) -> float:
         """Passes over the conversations after `step` steps."""
         return step * self.batch_size / self.mixture.size
+
+
+def replayed(replay: WindowLoader | None, weight: float, step: int) -> list[Batch]:
+    """The pretraining text of a step, where there is some, its weights summing to `weight`."""
+    return [batch._replace(weights=batch.weights * weight) for batch in replay(step)] if replay is not None else []
 
 
 def arrange(examples: Sequence[Example], width: int, packing: bool) -> tuple[list[list[Example]], int]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from papagaio.conversations import Report
 from papagaio.dialogue import Conversation, Preference
 from papagaio.loader import Batch, WindowLoader
-from papagaio.packing import Example, Mixture, TooLong, encode
-from papagaio.runtime import autocast
+from papagaio.packing import Example, Mixture, TooLong, collate, encode, replayed
+from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import Tokenizer
 
 
@@ -105,14 +104,9 @@ def objective(beta: float) -> Callable[[Any, Batch | PairBatch], Tensor]:
 def collate_pairs(pairs: Sequence[Pair], reference: Tensor) -> PairBatch:
     """Pairs padded on the right, where causal attention never looks."""
     width = max(pair.length for pair in pairs)
-    ids = np.zeros((len(pairs), 2, width), np.int64)
-    targets = np.full((len(pairs), 2, width), -100, np.int64)
-    for i, pair in enumerate(pairs):
-        for side, example in enumerate(pair):
-            ids[i, side, : example.length] = example.ids[:-1]
-            targets[i, side, : example.length] = np.where(example.learnt[1:], example.ids[1:].astype(np.int64), -100)
-    weights = torch.full((len(pairs),), 1 / len(pairs))
-    return PairBatch(torch.from_numpy(ids), torch.from_numpy(targets), weights, reference)
+    sides = collate([[example] for pair in pairs for example in pair], width, 1.0)
+    ids, targets = (tensor.view(-1, 2, width) for tensor in (sides.ids, sides.targets))
+    return PairBatch(ids, targets, torch.full((len(pairs),), 1 / len(pairs)), reference)
 
 
 class PairLoader:
@@ -133,10 +127,8 @@ class PairLoader:
     def __call__(self, step: int) -> list[Batch | PairBatch]:
         numbers = [self.mixture(n) for n in range(step * self.batch_size, (step + 1) * self.batch_size)]
         numbers.sort(key=lambda i: self.pairs[i].length)  # so that a micro-batch has pairs of like length
-        batches: list[Batch | PairBatch] = [collate_pairs([self.pairs[i] for i in numbers], self.reference[numbers])]
-        if self.replay is not None:
-            batches += [batch._replace(weights=batch.weights * self.replay_weight) for batch in self.replay(step)]
-        return batches
+        pairs = collate_pairs([self.pairs[i] for i in numbers], self.reference[numbers])
+        return [pairs, *replayed(self.replay, self.replay_weight, step)]
 
     def epochs(self, step: int) -> float:
         """Passes over the pairs after `step` steps."""
@@ -163,17 +155,14 @@ class AsAnswers:
 def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], dtype: torch.dtype, batch_size: int = 32) -> Tensor:
     """(N, 2) of all pairs, chosen first, under the model as it is."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     found = torch.zeros(len(pairs), 2)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         batch = collate_pairs([pairs[i] for i in numbers], found[numbers]).to(device)
-        with autocast(device, dtype):
+        with evaluating(model), autocast(device, dtype):
             sums = log_probabilities(model, batch.ids.flatten(0, 1), batch.targets.flatten(0, 1))
         found[numbers] = sums.view(-1, 2).float().cpu()
-    model.train(was_training)
     return found
 
 
@@ -202,13 +191,10 @@ def evaluate_pairs(model: nn.Module, batches: Iterable[PairBatch], beta: float, 
     """val_loss; val_reward_accuracy, the share of pairs whose chosen answer has the higher reward; val_reward_margin, by how
     much, the mean, times beta."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     found = []
     for batch in batches:
-        with autocast(device, dtype):
+        with evaluating(model), autocast(device, dtype):
             found.append(beta * margins(model, batch.to(device)).double())
-    model.train(was_training)
     margin = torch.cat(found)
     return {
         "val_loss": float(-F.logsigmoid(margin).mean()),

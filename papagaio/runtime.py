@@ -5,7 +5,7 @@ import ctypes
 import functools
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Self
 
@@ -93,6 +93,17 @@ def why_not_compiled(device: torch.device) -> str:
     except Exception as error:  # whatever the backend raises: a compiler that is missing, too old, or broken
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ""
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout is off inside, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def keep_memory() -> None:
