@@ -53,11 +53,13 @@ class EvaluateOptions(Options):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(EvaluateOptions, doc=__doc__)
 
+import torch
+
 from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import Checkpoint, open_checkpoint
 from papagaio.conversations import read_choices, read_conversations
-from papagaio.corpus import ReadingOptions, list_spans, read
+from papagaio.corpus import ReadingOptions, Span, list_spans, read
 from papagaio.dialogue import Conversation
 from papagaio.evaluation import (
     Answer,
@@ -73,23 +75,22 @@ from papagaio.evaluation import (
 from papagaio.loader import ValidationWindows
 from papagaio.shards import Dataset
 
+READING = ReadingOptions()  # texts are read as data/prepare.py does by default
+
 
 def main(config: EvaluateOptions) -> None:
     checkpoints = [open_checkpoint(path, config.base) for path in config.checkpoint]
     questions = {path: read_conversations(path) for path in config.questions}
     choices = {path: read_choices(path) for path in config.choices}
     pool = read_conversations(config.shots_data) if config.shots_data else []
-    if config.text:
-        for name in config.text:
-            open_text(name, checkpoints)
+    texts = {name: open_text(name, checkpoints) for name in config.text}
     device = runtime.pick_device(config.device)
     columns: list[dict[str, Any]] = []
     said: list[dict[Path, list[Answer]]] = []
     for path, checkpoint in zip(config.checkpoint, checkpoints, strict=True):
-        model = GPT(GPTConfig(**checkpoint.model_fields)).to(device).eval()
-        checkpoint.load_model(model)
         print(f"{path}: measuring", file=sys.stderr)
-        column, answers = measure(model, checkpoint, questions, choices, pool, config)
+        model = checkpoint.build(lambda fields: GPT(GPTConfig(**fields)), device, torch.float32)
+        column, answers = measure(model, checkpoint, texts, questions, choices, pool, config)
         columns.append(column)
         said.append(answers)
     print(table([str(path) for path in config.checkpoint], columns))
@@ -108,6 +109,7 @@ def main(config: EvaluateOptions) -> None:
 def measure(
     model: GPT,
     checkpoint: Checkpoint,
+    texts: dict[str, Dataset | list[Span]],
     questions: dict[Path, list[Conversation]],
     choices: dict[Path, Any],
     pool: list[Conversation],
@@ -119,12 +121,12 @@ def measure(
     base = checkpoint.state.get("stage") == "pretrain"
     found: dict[str, dict[str, Any]] = {}
     said: dict[Path, list[Answer]] = {}
-    for name in config.text:
-        source = open_text(name, [checkpoint])
+    for name, source in texts.items():
         if isinstance(source, Dataset):
             batches = ValidationWindows(source, block_size, config.batch_size)
         else:
-            batches = text_batches(source, tokenizer, block_size, config.batch_size)
+            fragments = ((fragment.text, fragment.first) for span in source for fragment in read(span, READING))
+            batches = text_batches(fragments, tokenizer, block_size, config.batch_size)
         measured = evaluate_loss(model, batches, tokenizer, dtype)
         found[f"text {name}"] = {"bits per byte": measured["val_bpb"], "nats per token": measured["val_loss"]}
     for path, rows in questions.items():
@@ -162,17 +164,15 @@ def scores(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def open_text(name: str, checkpoints: list[Checkpoint]) -> Dataset | Iterator[tuple[str, bool]]:
-    """A dataset, or the documents of files, in fragments: (text, whether a document begins with it)."""
+def open_text(name: str, checkpoints: list[Checkpoint]) -> Dataset | list[Span]:
+    """A dataset, or the parts of files. Raises UserError for a dataset that is not of the checkpoints' tokenizer."""
     if Path(name, "manifest.json").is_file():
         dataset = Dataset(Path(name))
         for checkpoint in checkpoints:
             if checkpoint.tokenizer.sha256 != dataset.tokenizer.sha256:
                 raise UserError(f"{name}: its tokenizer is not that of {checkpoint.path}; give the text itself to --text")
         return dataset
-    reading = ReadingOptions()
-    spans = list_spans((name,), reading)
-    return ((fragment.text, fragment.first) for span in spans for fragment in read(span, reading))
+    return list_spans((name,), READING)
 
 
 def table(names: list[str], columns: list[dict[str, dict[str, Any]]]) -> str:

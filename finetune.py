@@ -134,9 +134,9 @@ def main(config: FinetuneOptions) -> None:
         return GPT(GPTConfig(**checkpoint.model_fields | {"dropout": config.dropout}))
 
     if config.dry_run:
-        loader = answers_loader(config, data, block_size, replay)
+        loader = make_loader(config, data, block_size, replay, torch.zeros(len(data.training), 2))
         if data.pairs:
-            loader = preference.AsAnswers(pairs_loader(config, data, torch.zeros(len(data.training), 2), replay))
+            loader = preference.AsAnswers(loader)
         dry_run(lambda: restricted(make_model(), config), loader, config, device)
         return
     refuse_existing(config)
@@ -147,20 +147,21 @@ def main(config: FinetuneOptions) -> None:
     share = trained / model.num_parameters()
     print(f"{trained:,} of {model.num_parameters():,} parameters are trained ({share:.1%}), on {device}", file=sys.stderr)
 
+    reference = None
     if data.pairs:
         config.out_dir.mkdir(parents=True, exist_ok=True)
         stored = config.out_dir / "reference.safetensors"
         everything = [*data.training, *data.validation]
         reference = preference.stored_reference(stored, model, checkpoint.weights_sha256, everything, dtype)
-        loader = pairs_loader(config, data, reference, replay)
         objective = preference.objective(config.dpo_beta)
-        reference = reference[len(data.training) :]
-        size = config.micro_batch_size or config.batch_size
+        held_out, size = reference[len(data.training) :], config.micro_batch_size or config.batch_size
         parts = [slice(i, i + size) for i in range(0, len(data.validation), size)]
-        validation = [preference.collate_pairs(data.validation[part], reference[part]) for part in parts]
+        validation = [preference.collate_pairs(data.validation[part], held_out[part]) for part in parts]
     else:
-        loader, objective = answers_loader(config, data, block_size, replay), likelihood
+        objective = likelihood
         validation = evaluation_batches(data.validation, block_size, config.micro_batch_size or 64, config.packing)
+
+    loader = make_loader(config, data, block_size, replay, reference)
 
     def evaluate() -> dict[str, float]:
         if data.pairs:
@@ -270,17 +271,14 @@ def with_recipe(config: FinetuneOptions, checkpoint: Checkpoint, data: Data) -> 
     """The options with what the user has not chosen: the learning rates of what is to be done, and the steps for the data."""
     chosen = config.model_dump(exclude_unset=True)
     optimizer = chosen.get("optimizer", checkpoint.state["optimizer"])
-    recipe = {"optimizer": optimizer} | RECIPES[optimizer]
-    if data.pairs or config.lora_rank:
-        recipe = RECIPES["preferences" if data.pairs else "lora"]
-    if "max_steps" not in chosen:
+    recipe = RECIPES["preferences" if data.pairs else "lora" if config.lora_rank else optimizer]
+    steps = chosen.get("max_steps")
+    if steps is None:
         steps = max(LEAST_STEPS, math.ceil(EPOCHS * data.mixture.size / config.batch_size))
-        recipe = recipe | {"max_steps": steps}
         print(f"max_steps {steps:,}: {EPOCHS} times through the data, and {LEAST_STEPS} at least", file=sys.stderr)
-    if "eval_interval" not in chosen:
-        recipe = recipe | {"eval_interval": max(1, math.ceil(chosen.get("max_steps", recipe.get("max_steps", 0)) / 5))}
+    fitted = {"optimizer": optimizer, "max_steps": steps, "eval_interval": max(1, math.ceil(steps / 5))}
     try:
-        return FinetuneOptions(**recipe | chosen)
+        return FinetuneOptions(**fitted | recipe | chosen)
     except ValidationError as error:
         raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
@@ -329,13 +327,14 @@ def open_replay(
     return WindowLoader(dataset, "train", block_size, windows, config.seed), validation
 
 
-def answers_loader(config: FinetuneOptions, data: Data, block_size: int, replay: WindowLoader | None) -> ConversationLoader:
-    options = {"packing": config.packing, "replay": replay, "replay_weight": config.replay_weight}
-    return ConversationLoader(data.training, data.mixture, config.batch_size, block_size, **options)
-
-
-def pairs_loader(config: FinetuneOptions, data: Data, reference: torch.Tensor, replay: WindowLoader | None) -> PairLoader:
-    return PairLoader(data.training, reference, data.mixture, config.batch_size, replay, config.replay_weight)
+def make_loader(
+    config: FinetuneOptions, data: Data, block_size: int, replay: WindowLoader | None, reference: torch.Tensor | None
+) -> ConversationLoader | PairLoader:
+    """The batches of a step; of pairs with the `reference` log-probabilities of those that are learnt, and maybe more."""
+    options = {"replay": replay, "replay_weight": config.replay_weight}
+    if data.pairs:
+        return PairLoader(data.training, reference, data.mixture, config.batch_size, **options)
+    return ConversationLoader(data.training, data.mixture, config.batch_size, block_size, packing=config.packing, **options)
 
 
 def marked(example: Example | Pair, tokenizer: Tokenizer, in_colour: bool) -> list[str]:

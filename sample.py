@@ -62,6 +62,7 @@ from papagaio.checkpoint import open_checkpoint
 from papagaio.generate import Request, Step, complete, special_ids
 from papagaio.rows import can_compile, prepare
 from papagaio.streaming import TextStream
+from papagaio.tables import parse_json
 from papagaio.terminal import coloured, colours
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -121,16 +122,13 @@ def read_prompts(config: SampleOptions) -> list[tuple[str, dict[str, Any]]]:
         return [("", {"prompt": decode(sys.stdin.buffer.read(), "standard input") if config.prompt == "-" else config.prompt})]
     rows = []
     for number, line in enumerate(config.prompts.read_bytes().splitlines(), 1):
-        place, text = f"{config.prompts}:{number}", ""
+        place = f"{config.prompts}:{number}"
         text = decode(line, place)
         if not text.strip():
             continue
         row: Any = {"prompt": text}
         if config.prompts.suffix == ".jsonl":
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+            row = parse_json(text, lambda place=place: place)
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise UserError(f'{place}: an object with a text under "prompt" is needed')
         rows.append((f"{place}: ", row))

@@ -216,17 +216,17 @@ def fit(
         clock, clock_tokens = time.perf_counter(), 0
         while True:
             step, improved = state["step"], False
-            last = step == config.max_steps or gave_up(state, config)
-            if (step % config.eval_interval == 0 or last) and state["evaluated"] != step and not stop.received:
+            due = step % config.eval_interval == 0 or step == config.max_steps
+            if due and state["evaluated"] != step and not stop.received:
                 paused = time.perf_counter()
                 found = evaluate()
                 log.log(step, state["tokens"], epoch=loader.epochs(step), **found)
                 improved = note_evaluation(found["val_loss"], state, loader.epochs(step), log)
-                last = last or gave_up(state, config)
                 if config.sample_tokens:
                     log.say("  | " + preview().replace("\n", "\n  | "))
                 clock += time.perf_counter() - paused
 
+            last = step == config.max_steps or gave_up(state, config)
             checkpoint_due = config.checkpoint_interval and step and step % config.checkpoint_interval == 0
             if checkpoint_due or (improved and step) or last or stop.received:
                 state |= {"loss_sum": float(loss_sum), "loss_scale": scaler.state_dict() or None}

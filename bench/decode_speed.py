@@ -9,7 +9,6 @@ bandwidth the weights' bytes are; then a JSON line a side.
 """
 
 import functools
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from train_speed import load
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
@@ -137,10 +137,7 @@ def hugging_face(config: DecodeSpeedOptions, kind: str, rows: int, device: torch
 
 
 def nanogpt(config: DecodeSpeedOptions, device: torch.device) -> tuple[Callable[[], None], int]:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", config.nanogpt / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module: Any = load(config.nanogpt / "model.py")
     shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
     model = module.GPT(module.GPTConfig(**shape)).eval().to(device)
     ids = torch.arange(config.prompt_tokens, device=device)[None] * 7

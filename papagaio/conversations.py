@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from papagaio.config import UserError
 from papagaio.dialogue import Conversation, Preference
 from papagaio.shards import share
-from papagaio.tables import open_parquet
+from papagaio.tables import open_parquet, parse_json
 from papagaio.textfiles import blocks_of
 
 Said = TypeVar("Said", Conversation, Preference)
@@ -98,16 +98,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield f"{path}:{number}", _parse(f"{path}:{number}", line)
-
-
-def _parse(place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise UserError(f"{place}: not questions and answers: JSON nested too deep") from None
+                place = f"{path}:{number}"
+                yield place, parse_json(line, lambda place=place: place)
 
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -133,7 +125,7 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
         except RecursionError:
-            raise UserError(f"{path}:{line}: not questions and answers: JSON nested too deep") from None
+            raise UserError(f"{path}:{line}: JSON nested too deep") from None
         yield f"{path}:{line}", value
 
 

@@ -70,14 +70,11 @@ class Step(NamedTuple):
 class Row:
     """A request on its way."""
 
-    def __init__(self, index: int, request: Request, block_size: int, vocab_size: int, text: TextStream | None) -> None:
+    def __init__(self, index: int, request: Request, block_size: int, text: TextStream | None) -> None:
         self.index, self.text, self.finish = index, text, None
         self.ids = list(request.prompt)[-block_size:]
         self.prompt_length = len(self.ids)
         self.random = random.Random(request.seed)
-        self.counts = torch.zeros(vocab_size)  # of the tokens drawn
-        self.seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self.seen[self.ids] = True
 
     @property
     def drawn(self) -> int:
@@ -87,8 +84,6 @@ class Row:
         """Append a token, and see whether it is the last."""
         text = ""
         self.ids.append(token.id)
-        self.counts[token.id] += 1
-        self.seen[token.id] = True
         if token.id in end:
             self.finish = "end"
         elif self.text is not None:
@@ -131,7 +126,7 @@ def complete(
     while True:
         done = [i for i, row in enumerate(rows) if row.finish]
         new = [
-            Row(index, request, block_size, model.config.vocab_size, text() if text else None)
+            Row(index, request, block_size, text() if text else None)
             for index, request in itertools.islice(queue, batch_size - len(rows) + len(done))
         ]
         rows = decoder.exchange(rows, done, new)
@@ -273,11 +268,11 @@ class Chooser:
         raw, options = logits.float(), self.options
         logits = raw
         if options.repetition_penalty != 1:
-            seen = torch.stack([row.seen for row in rows]).to(raw.device)
-            logits = penalize_repetition(logits, seen, options.repetition_penalty)
+            seen = torch.stack([_counts(row.ids, raw.size(1)) for row in rows]) > 0
+            logits = penalize_repetition(logits, seen.to(raw.device), options.repetition_penalty)
         if options.frequency_penalty != 0:
-            counts = torch.stack([row.counts for row in rows]).to(raw.device)
-            logits = penalize_frequency(logits, counts, options.frequency_penalty)
+            counts = torch.stack([_counts(row.ids[row.prompt_length :], raw.size(1)) for row in rows])
+            logits = penalize_frequency(logits, counts.to(raw.device), options.frequency_penalty)
         if self.bias:
             logits = add_bias(logits, self.bias)
         if self.banned:
@@ -302,3 +297,8 @@ class Chooser:
         best = logprobs.topk(min(self.top, logprobs.size(1)))
         tops = [list(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         return [Token(*token) for token in zip(tokens.tolist(), found, tops, strict=True)]
+
+
+def _counts(ids: Sequence[int], vocab_size: int) -> Tensor:
+    """How often each token (V,) is among ids."""
+    return torch.tensor(ids, dtype=torch.int64).bincount(minlength=vocab_size)

@@ -124,6 +124,8 @@ def parse_json(text: str, place: Callable[[], str]) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{place()}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise UserError(f"{place()}: JSON nested too deep") from None
 
 
 # Parquet files and datasets of the Hugging Face hub

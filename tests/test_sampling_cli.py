@@ -1,6 +1,5 @@
 """sample.py and chat.py as a user meets them: prompts from everywhere, JSON, colours, a conversation's commands."""
 
-import importlib
 import io
 import json
 import math
@@ -17,27 +16,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import NAMES, ROOT
+from conftest import NAMES, ROOT, Call
 
-from papagaio.config import parse, run
-
-Call = Callable[..., tuple[str, str]]
+Ask = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """`call("sample", "--seed=1", stdin="text")` runs a script's main in this process: what it printed, when all went well."""
+def ask(call: Call, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """`ask("sample", "--seed=1", stdin="text")` runs a script's main in this process: what it printed, when all went well."""
 
     def run_script(name: str, *argv: object, stdin: str = "") -> tuple[str, str]:
-        module = importlib.import_module(name)
         text = SimpleNamespace(buffer=io.BytesIO(stdin.encode()), isatty=lambda: False, __iter__=None)
         monkeypatch.setattr(sys, "stdin", text if name == "sample" else io.StringIO(stdin))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run(module.main, parse(getattr(module, f"{name.capitalize()}Options"), ["--dtype=float32", *map(str, argv)]))
-        found = capsys.readouterr()
-        assert end.value.code == 0, found.err
-        return found.out, found.err
+        status, out, err = call(name, "--dtype=float32", *argv)
+        assert status == 0, err
+        return out, err
 
     return run_script
 
@@ -45,87 +38,87 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 PROMPT = f"The flag of {NAMES[0]} is"
 
 
-def test_a_prompt_comes_from_an_argument_a_file_or_standard_input(world: Path, call: Call, tmp_path: Path) -> None:
+def test_a_prompt_comes_from_an_argument_a_file_or_standard_input(world: Path, ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
     command = ["--checkpoint", world / "base", "--max_new_tokens=8"]
-    out, err = call("sample", *command, "--prompt", PROMPT)
+    out, err = ask("sample", *command, "--prompt", PROMPT)
     assert out.startswith(PROMPT)
     assert err == ""
-    assert call("sample", *command, "--prompt_file", tmp_path / "prompt.txt")[0] == out
-    assert call("sample", *command, "--prompt", "-", stdin=PROMPT)[0] == out
+    assert ask("sample", *command, "--prompt_file", tmp_path / "prompt.txt")[0] == out
+    assert ask("sample", *command, "--prompt", "-", stdin=PROMPT)[0] == out
 
 
-def test_many_prompts_give_json_lines_in_order_as_each_would_alone(world: Path, call: Call, tmp_path: Path) -> None:
+def test_many_prompts_give_json_lines_in_order_as_each_would_alone(world: Path, ask: Ask, tmp_path: Path) -> None:
     texts = [f"The flag of {name}"[: 5 + 3 * i] for i, name in enumerate(NAMES[:5])]
     (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n\n")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n" for i, text in enumerate(texts)))
     command = ["--checkpoint", world / "base", "--max_new_tokens=12", "--num_samples=2", "--stop=.", "--temperature=0.9"]
-    out, _ = call("sample", *command, "--prompts", tmp_path / "prompts.txt", "--batch_size=3")
+    out, _ = ask("sample", *command, "--prompts", tmp_path / "prompts.txt", "--batch_size=3")
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["prompt"] for row in rows] == [text for text in texts for _ in range(2)]
     assert [row["seed"] for row in rows] == [1337, 1338] * 5
     assert {row["finish"] for row in rows} <= {"stop", "length", "end"}
     assert all("." not in row["completion"] for row in rows)
-    again = [json.loads(line) for line in call("sample", *command, "--prompts", tmp_path / "prompts.jsonl")[0].splitlines()]
+    again = [json.loads(line) for line in ask("sample", *command, "--prompts", tmp_path / "prompts.jsonl")[0].splitlines()]
     assert [row.pop("id") for row in again] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert again == rows
     for text, pair in zip(texts, zip(rows[::2], rows[1::2], strict=True), strict=True):
-        alone = call("sample", *command, "--prompt", text)[0].removesuffix("\n").split("\n" + "-" * 20 + "\n")
+        alone = ask("sample", *command, "--prompt", text)[0].removesuffix("\n").split("\n" + "-" * 20 + "\n")
         assert alone == [text + row["completion"] for row in pair]
 
 
-def test_json_has_log_probabilities_on_demand(world: Path, call: Call) -> None:
+def test_json_has_log_probabilities_on_demand(world: Path, ask: Ask) -> None:
     command = ["--checkpoint", world / "base", "--prompt", PROMPT, "--max_new_tokens=4", "--temperature=0"]
-    (row,) = [json.loads(line) for line in call("sample", *command, "--json", "--logprobs=2")[0].splitlines()]
+    (row,) = [json.loads(line) for line in ask("sample", *command, "--json", "--logprobs=2")[0].splitlines()]
     assert "".join(token["text"] for token in row["logprobs"]) == row["completion"]
     for token in row["logprobs"]:
         assert token["logprob"] == token["top"][0]["logprob"] >= token["top"][1]["logprob"]
-    assert "logprobs" not in json.loads(call("sample", *command, "--json")[0])
+    assert "logprobs" not in json.loads(ask("sample", *command, "--json")[0])
 
 
-def test_probabilities_are_shown(world: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probabilities_are_shown(world: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["--checkpoint", world / "base", "--prompt", PROMPT, "--max_new_tokens=4", "--temperature=0"]
-    plain = call("sample", *command)[0]
-    out, _ = call("sample", *command, "--show_probs")
+    plain = ask("sample", *command)[0]
+    out, _ = ask("sample", *command, "--show_probs")
     assert out.startswith(plain)
     table = out.removeprefix(plain).splitlines()
     assert all(re.fullmatch(r"[01]\.\d{3} '.*' +( +[01]\.\d{3} '.*')+", line) for line in table)
-    (row,) = [json.loads(line) for line in call("sample", *command, "--json", "--logprobs=1")[0].splitlines()]
+    (row,) = [json.loads(line) for line in ask("sample", *command, "--json", "--logprobs=1")[0].splitlines()]
     assert [float(line.split()[0]) for line in table] == [round(math.exp(t["logprob"]), 3) for t in row["logprobs"]]
     monkeypatch.setattr("sample.colours", lambda stream: True)
-    coloured, _ = call("sample", *command, "--show_probs")
+    coloured, _ = ask("sample", *command, "--show_probs")
     assert coloured != out
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == out
 
 
-def test_a_long_prompt_is_refused_when_strict_and_forgetting_is_said_once(world: Path, call: Call, tmp_path: Path) -> None:
-    out, err = call("sample", "--checkpoint", world / "base", "--max_new_tokens=90", "--min_new_tokens=90", "--num_samples=2")
+def test_a_long_prompt_is_refused_when_strict_and_forgetting_is_said_once(world: Path, ask: Ask, tmp_path: Path) -> None:
+    out, err = ask("sample", "--checkpoint", world / "base", "--max_new_tokens=90", "--min_new_tokens=90", "--num_samples=2")
     assert err.count("what came first was forgotten") == 1
     assert len(out.split("-" * 20)) == 2
     (tmp_path / "long.txt").write_text("short\n" + "x " * 200)
     with pytest.raises(AssertionError, match=r"long.txt:2: the prompt has \d+ tokens; the model sees the last 64: shorten it"):
-        call("sample", "--checkpoint", world / "base", "--prompts", tmp_path / "long.txt", "--strict")
+        ask("sample", "--checkpoint", world / "base", "--prompts", tmp_path / "long.txt", "--strict")
 
 
-def test_a_base_model_completes_in_chat(world: Path, call: Call) -> None:
+def test_a_base_model_completes_in_chat(world: Path, ask: Ask) -> None:
     command = ["--checkpoint", world / "base", "--max_new_tokens=6", "--temperature=0"]
-    out, err = call("chat", *command, "--ask", PROMPT)
+    out, err = ask("chat", *command, "--ask", PROMPT)
     assert err.count("not fine-tuned") == 1
-    assert PROMPT + out == call("sample", *command, "--prompt", PROMPT)[0]
+    assert PROMPT + out == ask("sample", *command, "--prompt", PROMPT)[0]
 
 
-def test_the_commands_of_a_conversation(world: Path, call: Call, tmp_path: Path) -> None:
+def test_the_commands_of_a_conversation(world: Path, ask: Ask, tmp_path: Path) -> None:
     import chat
     from papagaio.config import UserError
 
     question, saved = f"What is the flag of {NAMES[21]}?", tmp_path / "saved.jsonl"
-    out, _ = call("chat", "--checkpoint", world / "chat", stdin=f"{question}\n/retry\n/save {saved}\n/reset\n{question}\n")
+    out, _ = ask("chat", "--checkpoint", world / "chat", stdin=f"{question}\n/retry\n/save {saved}\n/reset\n{question}\n")
     answers = out.splitlines()
     assert len(answers) == 3
     assert answers == [answers[0]] * 3
     (row,) = [json.loads(line) for line in saved.read_text().splitlines()]
     assert row == {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]}
-    call("chat", "--checkpoint", world / "chat", stdin=f"{question}\n/system Be brief.\n{question}\n/save {saved}\n")
+    ask("chat", "--checkpoint", world / "chat", stdin=f"{question}\n/system Be brief.\n{question}\n/save {saved}\n")
     (_, row) = [json.loads(line) for line in saved.read_text().splitlines()]
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
 
