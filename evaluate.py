@@ -8,8 +8,6 @@ A chat model is asked as in a chat. A base model is shown --shots questions with
 its answer is the next line. Standard output carries the table, a column a checkpoint.
 """
 
-import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +70,7 @@ from papagaio.evaluation import (
     question_ids,
     text_batches,
 )
+from papagaio.files import to_json, write_whole
 from papagaio.loader import ValidationWindows
 from papagaio.shards import Dataset
 
@@ -101,9 +100,7 @@ def main(config: EvaluateOptions) -> None:
                 print(f"  {name}: {answers[path][i].text}")
     if config.json_ is not None:
         results = [{"checkpoint": str(p), "results": c} for p, c in zip(config.checkpoint, columns, strict=True)]
-        temporary = config.json_.with_name(f".{config.json_.name}.tmp")
-        temporary.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, config.json_)
+        write_whole(config.json_, to_json(results))
 
 
 def measure(

@@ -33,6 +33,7 @@ from pydantic import model_validator
 
 from papagaio.config import MachineError, UserError, option, parse, run
 from papagaio.corpus import LEAF_BYTES, ReadingOptions, Span, list_spans, read
+from papagaio.files import sealed, write_whole
 from papagaio.inspection import comparison, inspection, summary
 from papagaio.pieces import Digest, Documents, Fate, Pieces, PieceWriter, assemble, piece_paths
 from papagaio.shards import Dataset, token_dtype
@@ -246,12 +247,6 @@ def continue_plan(work: Path, plan: dict[str, Any], config: PrepareOptions) -> N
     write_whole(path, json.dumps(plan))
 
 
-def write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
-
-
 # Tokenizers
 
 _made: dict[Path, Tokenizer] = {}
@@ -408,7 +403,7 @@ def in_use(work: Path, share_of_work: tuple[int, int]) -> Iterator[None]:
 
 def finish(work: Path, out: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, clear away what was needed on the way, and let the work directory become the dataset."""
-    write_whole(work / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+    write_whole(work / "manifest.json", sealed(manifest))
     shutil.rmtree(work / "pieces")
     for path in [*work.glob("*.lock"), work / "stdin", work / "plan.json"]:
         path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ model.safetensors, and its state names the base that they belong to by its sha25
 """
 
 import json
-import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from papagaio.config import MachineError, UserError
+from papagaio.files import file_sha256, flush_to_disk, to_json, write_whole
 from papagaio.lora import adapter_state, adapters, load_adapters, merged
-from papagaio.shards import file_sha256
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 
@@ -57,20 +56,16 @@ def save_checkpoint(
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     _write_json(temporary / "manifest.json", {"files": {str(f.relative_to(temporary)): file_sha256(f) for f in files}})
     for path in [*files, temporary / "manifest.json", temporary / "tokenizer", temporary]:
-        _flush_to_disk(path)
+        flush_to_disk(path)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    _flush_to_disk(checkpoints)
+    flush_to_disk(checkpoints)
     return final
 
 
 def point_to(checkpoint: Path, name: str) -> None:
     """Make the file `last` or `best` beside a checkpoint name it, at one stroke."""
-    temporary = checkpoint.with_name(f".{name}.tmp")
-    temporary.write_text(checkpoint.name + "\n", encoding="utf-8")
-    _flush_to_disk(temporary)
-    temporary.replace(checkpoint.with_name(name))
-    _flush_to_disk(checkpoint.parent)
+    write_whole(checkpoint.with_name(name), checkpoint.name + "\n")
 
 
 def prune(checkpoints: Path) -> None:
@@ -242,12 +237,4 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(to_json(value), encoding="utf-8")

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from papagaio.config import UserError
 from papagaio.corpus import LEAF_BYTES, ReadingOptions, Span, inside_document, leaves, read
-from papagaio.shards import SPLITS, ShardWriter, sync_and_close, token_dtype
+from papagaio.files import sync_and_close
+from papagaio.shards import SPLITS, ShardWriter, token_dtype
 from papagaio.textfiles import blocks_of
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer, stretches
 

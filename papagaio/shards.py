@@ -12,12 +12,13 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from papagaio.config import UserError
+from papagaio.files import file_sha256, sync_and_close
 from papagaio.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
@@ -79,13 +80,6 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
-def sync_and_close(file: IO) -> None:
-    """Close a file once its content is on the disk: what is renamed afterwards survives a power cut whole."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
 class Dataset:
     """A dataset directory, opened for reading: `manifest`, `tokenizer`, and `shards(split)`, memory-mapped.
 
@@ -125,11 +119,6 @@ class Dataset:
         if tokens.dtype != self.dtype or tokens.shape != (shard["tokens"],):
             raise UserError(f"{path}: {tokens.dtype} {tokens.shape} where the manifest says {self.dtype} ({shard['tokens']},)")
         return tokens
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def share(text: str) -> float:

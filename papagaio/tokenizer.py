@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from papagaio.config import MachineError, UserError
+from papagaio.files import to_json
 
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|endoftext|>",  # begins every document and every conversation
@@ -89,7 +90,7 @@ class Tokenizer(ABC):
     @cached_property
     def sha256(self) -> str:
         """Identity: two tokenizers with equal sha256 give equal ids."""
-        return hashlib.sha256(_to_json(self.describe()).encode()).hexdigest()
+        return hashlib.sha256(to_json(self.describe()).encode()).hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
@@ -283,7 +284,7 @@ def cached_gpt2_tokenizer() -> BPETokenizer | None:
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json and, for byte-pair encoding, ranks.tiktoken into a directory, made if missing."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.json").write_text(_to_json(tokenizer.describe()), encoding="utf-8")
+    (directory / "tokenizer.json").write_text(to_json(tokenizer.describe()), encoding="utf-8")
     if isinstance(tokenizer, BPETokenizer):
         (directory / "ranks.tiktoken").write_bytes(tokenizer.ranks_text)
 
@@ -317,10 +318,6 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"the text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}") from None
-
-
-def _to_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def _format_ranks(ranks: dict[bytes, int]) -> bytes:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -27,15 +28,29 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session")
-def script() -> Script:
-    """`script("sample.py", "--seed=1")` runs it and returns what it printed; standard input is `stdin`, or empty."""
+def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
+    """`script("sample.py", "--seed=1")` runs it and returns what it printed; standard input is `stdin`, or empty.
+
+    In a forked process (tests/forked.py), or, where `env` says what is to be in its environment, in one of its own.
+    """
+    folder = tmp_path_factory.mktemp("streams")
 
     def run(*argv: object, stdin: str | bytes = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
-        command = [sys.executable, *map(str, argv)]
-        environment = os.environ | (env or {})
-        done = subprocess.run(command, cwd=ROOT, env=environment, input=data, capture_output=True, check=False, timeout=280)
-        return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+        words = [str(word) for word in argv]
+        if env is not None:
+            command = [sys.executable, *words]
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | env, input=data, capture_output=True, timeout=280)
+            return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+        streams = tuple(str(folder / name) for name in ("stdin", "stdout", "stderr"))
+        Path(streams[0]).write_bytes(data)
+        for name in streams[1:]:
+            Path(name).unlink(missing_ok=True)
+        process = forked.start(words, streams)
+        process.join(280)
+        assert process.exitcode is not None, f"{words} does not end"
+        out, err = (Path(name).read_text(encoding="utf-8") for name in streams[1:])
+        return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
     return run
 

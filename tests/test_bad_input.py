@@ -12,7 +12,7 @@ import torch
 from conftest import Call, Script
 from safetensors.torch import load_file, save_file
 
-from papagaio.shards import file_sha256
+from papagaio.files import file_sha256
 
 
 def snapshot(directory: Path) -> dict[str, str]:

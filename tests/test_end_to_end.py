@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from model import GPT, GPTConfig
 from papagaio.checkpoint import open_checkpoint
+from papagaio.files import file_sha256
 from papagaio.metrics import read_metrics
-from papagaio.shards import file_sha256
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--sample_tokens=0"]
 
@@ -116,7 +116,7 @@ def test_a_closed_pipe_is_no_error(world: Path) -> None:
 
 
 def test_sampling_imports_nothing_heavy(world: Path, script: Script) -> None:
-    done = script("-X", "importtime", "sample.py", "--checkpoint", world / "base", "--max_new_tokens=2")
+    done = script("-X", "importtime", "sample.py", "--checkpoint", world / "base", "--max_new_tokens=2", env={})
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "torch" in modules
     assert not modules & {"matplotlib", "wandb", "babel", "transformers", "torch._dynamo", "tomli_w", "pandas"}

@@ -11,8 +11,8 @@ from conftest import COLOURS, NAMES, Call
 from safetensors.torch import load_file
 
 from papagaio.checkpoint import open_checkpoint
+from papagaio.files import file_sha256
 from papagaio.metrics import RunLog, read_metrics
-from papagaio.shards import file_sha256
 
 
 def tune(world: Path, out: Path, *more: object) -> list[object]:

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from data import prepare
 from papagaio import corpus, pieces, textfiles
 from papagaio.config import MachineError, UserError
+from papagaio.files import file_sha256
 from papagaio.inspection import inspection
 from papagaio.pieces import Documents, Fate
-from papagaio.shards import Dataset, ShardWriter, file_sha256, share
+from papagaio.shards import Dataset, ShardWriter, share
 from papagaio.tokenizer import CharTokenizer, load_tokenizer
 
 GPT2 = ROOT.parent / "shared" / "data" / "gpt2.tiktoken"
