@@ -115,7 +115,7 @@ class WindowLoader:
         # Every window that a shard has, as rows (len - T, T + 1) of a view: nothing is copied.
         self.rows = [sliding_window_view(shard, block_size + 1) if n else None for shard, n in zip(shards, counts, strict=True)]
         self.steps_at_once = max(1, 4096 // batch_size)
-        self.places = (-1, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self.placed = (-1, np.zeros(0, np.int64), np.zeros(0, np.int64))
         self.weights = torch.full((batch_size // world_size, block_size), 1 / (batch_size * block_size))
 
     def __call__(self, step: int) -> list[Batch]:
@@ -140,7 +140,7 @@ class WindowLoader:
     def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shard of each window (B,) and where in it the window starts (B,). Computed for many steps at once."""
         block, row = divmod(step, self.steps_at_once)
-        if self.places[0] != block:
+        if self.placed[0] != block:
             size = self.steps_at_once * self.batch_size
             windows = np.arange(block * size, (block + 1) * size).reshape(-1, self.batch_size)[:, self.part]
             epochs, index = np.divmod(windows, self.n_windows)
@@ -150,8 +150,8 @@ class WindowLoader:
             index -= np.where(shards > 0, self.ends[shards - 1], 0)
             slack = self.slack[shards].astype(np.uint64)
             offsets = mix(self.seed, epochs.astype(np.uint64), shards.astype(np.uint64)) % (slack + np.uint64(1))
-            self.places = block, shards, offsets.astype(np.int64) + index * self.block_size
-        _, shards, starts = self.places
+            self.placed = block, shards, offsets.astype(np.int64) + index * self.block_size
+        _, shards, starts = self.placed
         return shards[row], starts[row]
 
     def _read(self, shards: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.integer]:

@@ -47,12 +47,14 @@ class Saver:
         copied = self._copied(found.tensors)
         self.asked = state["step"]
         self.writing = self._later(f"step-{self.asked} was not saved", self._write, self.asked, found._replace(tensors=copied))
+        self._prune()
         if copied is found.tensors:
             self.wait()
 
     def mark_best(self) -> None:
         """Let `best` name the checkpoint that was saved last, and draw the plot, once it is on the disk."""
         self._later("checkpoints/best was not changed", self._mark_best, self.asked)
+        self._prune()
 
     def plot(self) -> None:
         """Draw the losses so far."""
@@ -86,12 +88,13 @@ class Saver:
         write_checkpoint(path, found, self.tokenizer)
         write_whole(self.directory / "last", path.name + "\n")
         self.saved = step
-        prune(self.directory, step, self.keep)
 
     def _mark_best(self, step: int) -> None:
         if self.saved == step:
             write_whole(self.directory / "best", f"step-{step}\n")
-            prune(self.directory, step, self.keep)
+
+    def _prune(self) -> None:
+        self._later("old checkpoints were not deleted", prune, self.directory, self.asked, self.keep)
 
     def _copied(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """The tensors in memory of our own; the same ones, where that is too small for them."""

@@ -7,28 +7,37 @@ import multiprocessing
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-# What the scripts import before they do anything; wandb, matplotlib and the like are imported where they are used.
-PRELOADED = ("pytest", "forked", "torch", "safetensors.torch", "pydantic", "tiktoken", "tqdm", "tomli_w", "filelock", "pyarrow")
+# What most runs import.
+PRELOADED = (
+    *("pytest", "forked", "torch", "torch._dynamo", "safetensors.torch", "pydantic", "tiktoken", "tqdm", "tomli_w", "filelock"),
+    *("pyarrow", "matplotlib.figure", "finetune"),
+)
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(list(PRELOADED))
 
 
-def start(argv: list[str], streams: tuple[str, str, str]) -> BaseProcess:
-    """Run a script; `streams` are the files that its standard input comes from and its two outputs go to."""
-    process = server.Process(target=_as_script, args=(argv, streams, dict(os.environ)))
+def start(argv: list[str], streams: tuple[str, str, str], first: Callable[[], None] | None = None) -> BaseProcess:
+    """Run a script; `streams` are the files that its standard input comes from and its two outputs go to.
+
+    `first`, a function at the top of a module, is called in the process before.
+    """
+    process = server.Process(target=_as_script, args=(argv, streams, dict(os.environ), first))
     path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
     with mock.patch.dict(os.environ, PYTHONPATH=path):  # for the server, which the first call starts
         process.start()
     return process
 
 
-def _as_script(argv: list[str], streams: tuple[str, str, str], environment: dict[str, str]) -> None:
+def _as_script(
+    argv: list[str], streams: tuple[str, str, str], environment: dict[str, str], first: Callable[[], None] | None
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for number, name in enumerate(streams):
@@ -38,4 +47,6 @@ def _as_script(argv: list[str], streams: tuple[str, str, str], environment: dict
     script = Path(argv[0]).resolve()
     sys.argv = argv
     sys.path[0] = str(script.parent)
+    if first is not None:
+        first()
     runpy.run_path(str(script), run_name="__main__")
