@@ -57,11 +57,12 @@ def write_checkpoint(final: Path, contents: Contents, tokenizer: Tokenizer) -> N
     discard(temporary)
     try:
         temporary.mkdir(parents=True)
+        for name, text in contents.texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         for name, tensors in contents.tensors.items():
             metadata = {"format": "pt"} if name == "adapter_model.safetensors" else None  # as PEFT wants it
             save_file(tensors, temporary / name, metadata)
-        for name, text in contents.texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            shutil.copymode(temporary / "model.json", temporary / name)  # safetensors' own lets nobody else read it
         save_tokenizer(tokenizer, temporary / "tokenizer")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {"files": {str(path.relative_to(temporary)): file_sha256(path) for path in files}}
@@ -97,6 +98,8 @@ def prune(checkpoints: Path, step: int, keep: int) -> None:
 
     What is beyond the step is damaged: a run goes on from the newest that is not. It stays until its step is saved again.
     """
+    for left in checkpoints.glob(".*.old"):  # by a deletion that was broken off
+        shutil.rmtree(left)
     files = (checkpoints / name for name in ("last", "best"))
     named = {path.read_text(encoding="utf-8").strip() for path in files if path.exists()}
     for old in [n for n in steps_saved(checkpoints) if n <= step][:-keep]:

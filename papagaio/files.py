@@ -37,10 +37,14 @@ def sync_and_close(file: IO) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file, or replace it, at one stroke; also where several processes do so."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        sync_and_close(file)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            sync_and_close(file)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     flush_to_disk(path.parent)
 
 

@@ -46,19 +46,17 @@ class Saver:
         found = contents(model, model_fields, optimizers, state)
         copied = self._copied(found.tensors)
         self.asked = state["step"]
-        self.writing = self._later(f"step-{self.asked} was not saved", self._write, self.asked, found._replace(tensors=copied))
-        self._prune()
+        self.writing = self.pool.submit(self._save, self.asked, found._replace(tensors=copied))
         if copied is found.tensors:
             self.wait()
 
     def mark_best(self) -> None:
         """Let `best` name the checkpoint that was saved last, and draw the plot, once it is on the disk."""
-        self._later("checkpoints/best was not changed", self._mark_best, self.asked)
-        self._prune()
+        self.pool.submit(self._mark_best, self.asked)
 
     def plot(self) -> None:
         """Draw the losses so far."""
-        self._later(f"{self.picture.name} was not drawn", plot_losses, self.log.path, self.picture)
+        self.pool.submit(self._attempt, f"{self.picture.name} was not drawn", plot_losses, self.log.path, self.picture)
 
     def wait(self) -> None:
         """Until the save that was asked for last is done, or has failed."""
@@ -72,29 +70,31 @@ class Saver:
             kept = f"{self.directory}/step-{self.saved} is kept" if self.saved is not None else "there is no checkpoint"
             raise MachineError(f"step {self.asked} could not be saved; {kept}, and --resume goes on from there")
 
-    def _later(self, failure: str, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        def attempt() -> None:
-            try:
-                work(*arguments)
-            except (OSError, SafetensorError) as error:
-                reason = (isinstance(error, OSError) and error.strerror) or str(error)
-                self.log.say(f"warning: {failure}: {reason}; what was saved before is kept, and the next save tries again")
-
-        return self.pool.submit(attempt)
+    def _save(self, step: int, found: Contents) -> None:
+        if self._attempt(f"step-{step} was not saved", self._write, step, found):
+            self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
 
     def _write(self, step: int, found: Contents) -> None:
-        path = self.directory / f"step-{step}"
         self.log.sync()
-        write_checkpoint(path, found, self.tokenizer)
-        write_whole(self.directory / "last", path.name + "\n")
+        write_checkpoint(self.directory / f"step-{step}", found, self.tokenizer)
+        write_whole(self.directory / "last", f"step-{step}\n")
         self.saved = step
 
     def _mark_best(self, step: int) -> None:
-        if self.saved == step:
-            write_whole(self.directory / "best", f"step-{step}\n")
+        if self.saved == step and self._attempt(
+            "checkpoints/best was not changed", write_whole, self.directory / "best", f"step-{step}\n"
+        ):
+            self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
 
-    def _prune(self) -> None:
-        self._later("old checkpoints were not deleted", prune, self.directory, self.asked, self.keep)
+    def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> bool:
+        """Whether the disk took it; if not, that is said."""
+        try:
+            work(*arguments)
+        except (OSError, SafetensorError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            self.log.say(f"warning: {failure}: {reason}; what was saved before is kept, and the next save tries again")
+            return False
+        return True
 
     def _copied(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """The tensors in memory of our own; the same ones, where that is too small for them."""

@@ -171,13 +171,13 @@ def test_kill_9_at_random_moments(kind: str, kills: int, world: Path, tmp_path: 
 
 def traced(number: int, options: list[str], log: str) -> None:
     """In the process of a run: strace looks at the `number`-th save, with these options, and writes what it sees into a file."""
-    write, saves = Saver._write, 0
+    save, saves = Saver._save, 0
 
     def watched(self: Saver, *values: object) -> None:
         nonlocal saves
         saves += 1
         if saves != number:
-            write(self, *values)
+            save(self, *values)
             return
         attached, thread = threading.Event(), threading.get_native_id()
 
@@ -193,12 +193,12 @@ def traced(number: int, options: list[str], log: str) -> None:
         threading.Thread(target=attach).start()
         attached.wait()  # without any other system call of this thread
         try:
-            write(self, *values)
+            save(self, *values)
         finally:
             tracer.terminate()
             tracer.wait()
 
-    Saver._write = watched
+    Saver._save = watched
 
 
 @functools.cache
@@ -214,8 +214,11 @@ def can_trace() -> bool:
 
 
 needs_strace = pytest.mark.skipif(not can_trace(), reason="strace is needed, and the right to attach it")
-SAVE_COMMAND = ["--max_steps=15", "--eval_interval=5", "--checkpoint_interval=5"]
-CHANGING = ("write", "writev", "pwrite64", "openat", "fsync", "fdatasync", "rename", "mkdir", "ftruncate", "fallocate")
+SAVE_COMMAND = ["--eval_interval=100", "--keep=1"]  # the second save deletes the first checkpoint, and is no evaluation's
+CHANGING = (
+    *("write", "openat", "fsync", "rename", "renameat", "mkdir", "ftruncate", "unlink", "unlinkat", "rmdir", "chmod"),
+    *("writev", "pwrite64", "fdatasync", "renameat2", "fallocate", "fchmod", "fchmodat"),  # another safetensors, or another libc
+)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +247,7 @@ def kill_in_a_call(name: str, which: int, expected: object, world: Path, folder:
     assert done.status in (-signal.SIGKILL, 0), done.err
     assert_whole(run)
     steps = steps_saved(run / "checkpoints")
-    assert done.status == 0 or steps in ([5], [5, 10]), steps
+    assert done.status == 0 or steps in ([5], [5, 10], [10]), steps
     resumed = runner(*command, "--resume")
     assert resumed.status == 0, resumed.err
     assert outcome(run) == expected
@@ -285,10 +288,7 @@ def fail_in_a_call(name: str, which: int, error: str, expected: object, world: P
     assert len(warnings) <= 1, warnings
     assert_whole(run)
     assert_clean(run)
-    found = outcome(run)
-    if warnings:  # what was not saved cannot be the best
-        found, expected = ({k: v for k, v in each.items() if k != "best"} for each in (found, expected))
-    assert found == expected
+    assert outcome(run) == expected
     shutil.rmtree(run)
     return done
 
@@ -316,9 +316,10 @@ def test_a_disk_that_fails_at_each_write_of_a_save(
     said = 0
     for name, which in changing:
         done = fail_in_a_call(name, which, error, expected, world, tmp_path, runner)
-        said += "warning: step-10 was not saved: " in done.err and WORDS[error] in done.err
+        said += re.search(r"warning: (step-10 was not saved|old checkpoints were not deleted): ", done.err) is not None
+        assert "warning" not in done.err or WORDS[error] in done.err
     print(f"{len(changing)} calls that change the disk, {said} failures said")
-    assert said > 0.7 * len(changing)
+    assert said > 0.9 * len(changing)
 
 
 # Signals
