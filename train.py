@@ -242,7 +242,8 @@ def fit(
                     saver.mark_best()
                 if text:
                     log.say("  | " + text.replace("\n", "\n  | "))
-                saver.plot()
+                if step or last:
+                    saver.plot()
                 clock += time.perf_counter() - paused
             if last or stop.received or gave_up(state, config):
                 break
@@ -253,10 +254,7 @@ def fit(
             loss = gradients(model, sequences, objective, scaler, dtype, config, state, log)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            if config.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-            norm = float(norm)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
             if accepts(loss, norm, scaler.get_scale(), state, config, lambda step=step: loader.places(step), log.say):
                 for optimizer in optimizers:
                     optimizer.step()

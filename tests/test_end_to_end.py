@@ -243,12 +243,13 @@ def test_dry_run_prints_its_lines_and_writes_nothing(world: Path, tmp_path: Path
 def test_wandb_offline_is_real_and_sends_no_paths(world: Path, tmp_path: Path, script: Script) -> None:
     run = tmp_path / "run"
     command = ["train.py", "--data", world / "data", *SMALL, "--max_steps=2", "--log_interval=1", "--out_dir", run]
-    done = script(*command, "--wandb=offline")
+    done = script(*command, "--wandb=offline", env={"SOME_TOKEN": "do-not-tell", "WANDB_SILENT": "true"})
     assert done.returncode == 0, done.stderr
     (log,) = run.rglob("*.wandb")
     content = log.read_bytes()
     assert b"train_loss" in content
-    assert str(world).encode() not in content
+    for secret in (str(world), str(world / "data"), "do-not-tell", "SOME_TOKEN", str(Path.home())):
+        assert secret.encode() not in content
 
 
 def test_compiling_leaves_names_as_they_are(world: Path, tmp_path: Path) -> None:

@@ -110,10 +110,13 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def assert_whole(run: Path) -> None:
-    """The newest checkpoint, and the one that `last` names, verify and load; nothing else looks like one."""
+    """Whatever is named a checkpoint verifies, and `last` and `best` name such."""
     steps = steps_saved(run / "checkpoints")
     for step in steps:
         open_checkpoint(run / "checkpoints" / f"step-{step}")
+    for pointer in ("last", "best"):
+        if (run / "checkpoints" / pointer).exists():
+            open_checkpoint(run / "checkpoints" / pointer)
     if steps:
         checkpoint = newest(RunOptions(out_dir=run))
         assert checkpoint is not None
