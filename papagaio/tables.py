@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from papagaio.config import MachineError, UserError
+from papagaio.files import parse_json
 from papagaio.textfiles import BLOCK_BYTES, Fragment, line_of
 
 if TYPE_CHECKING:
@@ -117,15 +118,6 @@ def long_json(blocks: Iterable[str], text_key: str, place: Callable[[], str]) ->
     if not isinstance(value, dict) or found != 1:
         raise UserError(no_text(place(), text_key))
     yield Fragment("", False, True)
-
-
-def parse_json(text: str, place: Callable[[], str]) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place()}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise UserError(f"{place()}: JSON nested too deep") from None
 
 
 # Parquet files and datasets of the Hugging Face hub

@@ -12,11 +12,18 @@ import torch
 from conftest import Call, Script
 from safetensors.torch import load_file, save_file
 
-from papagaio.files import file_sha256
+from papagaio.files import file_sha256, sealed
 
 
 def snapshot(directory: Path) -> dict[str, str]:
     return {str(path): file_sha256(path) for path in directory.rglob("*") if path.is_file()}
+
+
+def reseal(checkpoint: Path) -> None:
+    """Write the manifest anew, so that what was changed in a checkpoint passes for what was saved."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json")
+    manifest = {"files": {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}}
+    (checkpoint / "manifest.json").write_text(sealed(manifest))
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +46,7 @@ def corner(world: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
     tensors = load_file(weights)
     tensors["head.weight"][0, 0] = torch.nan
     save_file(tensors, weights)
-    manifest = json.loads((home / "nan" / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = file_sha256(weights)
-    (home / "nan" / "manifest.json").write_text(json.dumps(manifest))
+    reseal(home / "nan")
     (home / "broken.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
     (home / "good.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
     (home / "long.jsonl").write_text(json.dumps({"question": "q" * 5000, "answer": "a"}) + "\n")
