@@ -14,7 +14,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -97,18 +97,19 @@ import torch
 
 from model import GPT, GPTConfig
 from papagaio import lora, preference, runtime
-from papagaio.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from papagaio.checkpoint import Checkpoint, contents, open_checkpoint, write_checkpoint
 from papagaio.dialogue import Conversation, Preference
 from papagaio.dryrun import dry_run
 from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
 from papagaio.loader import ValidationWindows, WindowLoader, likelihood
 from papagaio.metrics import read_metrics
-from papagaio.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches
+from papagaio.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches, fingerprint
 from papagaio.preference import Pair, PairLoader
+from papagaio.runs import owned
 from papagaio.shards import Dataset
 from papagaio.terminal import colours
 from papagaio.tokenizer import Tokenizer
-from train import fit, refuse_existing
+from train import fit
 
 
 def main(config: FinetuneOptions) -> None:
@@ -140,7 +141,6 @@ def main(config: FinetuneOptions) -> None:
             loader = preference.AsAnswers(loader)
         dry_run(lambda: restricted(make_model(), config), loader, config, device)
         return
-    refuse_existing(config)
     model = make_model()
     checkpoint.load_model(model)
     restricted(model, config).to(device)
@@ -148,48 +148,50 @@ def main(config: FinetuneOptions) -> None:
     share = trained / model.num_parameters()
     print(f"{trained:,} of {model.num_parameters():,} parameters are trained ({share:.1%}), on {device}", file=sys.stderr)
 
-    reference = None
-    if data.pairs:
-        config.out_dir.mkdir(parents=True, exist_ok=True)
-        stored = config.out_dir / "reference.safetensors"
-        everything = [*data.training, *data.validation]
-        reference = preference.stored_reference(stored, model, checkpoint.weights_sha256, everything, dtype)
-        objective = preference.objective(config.dpo_beta)
-        held_out, size = reference[len(data.training) :], config.micro_batch_size or config.batch_size
-        parts = [slice(i, i + size) for i in range(0, len(data.validation), size)]
-        validation = [preference.collate_pairs(data.validation[part], held_out[part]) for part in parts]
-    else:
-        objective = likelihood
-        validation = evaluation_batches(data.validation, block_size, config.micro_batch_size or 64, config.packing)
-
-    loader = make_loader(config, data, block_size, replay, reference)
-
-    def evaluate() -> dict[str, float]:
+    with owned(config):
+        reference = None
         if data.pairs:
-            found = preference.evaluate_pairs(model, validation, config.dpo_beta, dtype)
+            stored = config.out_dir / "reference.safetensors"
+            everything = [*data.training, *data.validation]
+            reference = preference.stored_reference(stored, model, checkpoint.weights_sha256, everything, dtype)
+            objective = preference.objective(config.dpo_beta)
+            held_out, size = reference[len(data.training) :], config.micro_batch_size or config.batch_size
+            parts = [slice(i, i + size) for i in range(0, len(data.validation), size)]
+            validation = [preference.collate_pairs(data.validation[part], held_out[part]) for part in parts]
         else:
-            found = evaluate_loss(model, validation, tokenizer, dtype)
-        if replayed is not None:
-            found["replay_bpb"] = evaluate_loss(model, replayed, tokenizer, dtype)["val_bpb"]
-        return found
+            objective = likelihood
+            validation = evaluation_batches(data.validation, block_size, config.micro_batch_size or 64, config.packing)
 
-    def preview() -> str:
-        """The model's answer to the first held-out question."""
-        answer = answer_questions(model, tokenizer, data.shown[:1], block_size, dtype)[0]
-        return f"{data.shown[0].messages[-2].content} -> {answer.text}"
+        loader = make_loader(config, data, block_size, replay, reference)
 
-    facts = {"stage": "finetune", "objective": "preferences" if data.pairs else "answers"}
-    facts |= {"base_sha256": checkpoint.weights_sha256, "lora_rank": config.lora_rank}
-    state = fit(model, loader, evaluate, preview, tokenizer, config, facts, objective)
-    if state["stopped_early"]:
-        open_checkpoint(config.out_dir).load_model(model)  # the best one
-    if config.lora_merge:
-        plain = make_model()
-        result = open_checkpoint(config.out_dir, config.init_from)
-        result.load_model(plain)
-        path = save_checkpoint(config.out_dir, plain, asdict(plain.config), [], result.state, tokenizer, "merged")
-        print(f"{path}: a checkpoint with the adapters added in", file=sys.stderr)
-    report(model, tokenizer, test, control, dtype, config)
+        def evaluate() -> dict[str, float]:
+            if data.pairs:
+                found = preference.evaluate_pairs(model, validation, config.dpo_beta, dtype)
+            else:
+                found = evaluate_loss(model, validation, tokenizer, dtype)
+            if replayed is not None:
+                found["replay_bpb"] = evaluate_loss(model, replayed, tokenizer, dtype)["val_bpb"]
+            return found
+
+        def preview() -> str:
+            """The model's answer to the first held-out question."""
+            answer = answer_questions(model, tokenizer, data.shown[:1], block_size, dtype)[0]
+            return f"{data.shown[0].messages[-2].content} -> {answer.text}"
+
+        facts = {"stage": "finetune", "objective": "preferences" if data.pairs else "answers"}
+        facts |= {"base_sha256": checkpoint.weights_sha256, "data_sha256": data.sha256}
+        facts |= {"replay_sha256": replay.dataset.sha256 if replay is not None else None}
+        fit(model, loader, evaluate, preview, tokenizer, config, facts, objective)
+        if config.patience:
+            open_checkpoint(config.out_dir).load_model(model)  # the best one
+        if config.lora_merge:
+            plain = make_model()
+            result = open_checkpoint(config.out_dir, config.init_from)
+            result.load_model(plain)
+            path = config.out_dir / "merged"
+            write_checkpoint(path, contents(plain, asdict(plain.config), [], result.state), tokenizer)
+            print(f"{path}: a checkpoint with the adapters added in", file=sys.stderr)
+        report(model, tokenizer, test, control, dtype, config)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,11 @@ class Data:
     @property
     def pairs(self) -> bool:
         return isinstance(self.training[0], Pair)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of what is learnt, wherever its files stand."""
+        return fingerprint(chain.from_iterable(self.training) if self.pairs else self.training)
 
 
 def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, test: Sequence[Conversation]) -> Data:

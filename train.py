@@ -7,7 +7,6 @@ The options are TrainOptions and, shared with fine-tuning, papagaio/config.py's 
 """
 
 import math
-import shutil
 import sys
 import time
 import tomllib
@@ -84,20 +83,20 @@ class TrainOptions(RunOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(TrainOptions, doc=__doc__)
 
-import tomli_w
 import torch
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
-from papagaio.checkpoint import open_checkpoint, point_to, prune, save_checkpoint
 from papagaio.dial import by_budget, by_depth
 from papagaio.dryrun import dry_run, seconds_per_step
 from papagaio.evaluation import evaluate_loss
 from papagaio.generate import generate
-from papagaio.loader import Ahead, Loader, Objective, ValidationWindows, WindowLoader, likelihood, mix
+from papagaio.guard import accepts
+from papagaio.loader import Ahead, Batch, Loader, Objective, ValidationWindows, WindowLoader, likelihood, mix
 from papagaio.metrics import RunLog
 from papagaio.optim import make_optimizers, schedule, set_learning_rate
-from papagaio.plots import plot_losses
+from papagaio.runs import open_run, owned
+from papagaio.saver import Saver
 from papagaio.shards import Dataset
 from papagaio.tokenizer import Tokenizer
 
@@ -128,8 +127,9 @@ def main(config: TrainOptions) -> None:
         return tokenizer.decode(tokens)
 
     dtype = runtime.pick_dtype(config.dtype, device)
-    facts = {"stage": "pretrain"}
-    fit(model, loader, lambda: evaluate_loss(model, validation, tokenizer, dtype), preview, tokenizer, config, facts)
+    facts = {"stage": "pretrain", "data_sha256": dataset.sha256}
+    with owned(config):
+        fit(model, loader, lambda: evaluate_loss(model, validation, tokenizer, dtype), preview, tokenizer, config, facts)
 
 
 def make_model(config: TrainOptions, tokenizer: Tokenizer) -> GPT:
@@ -154,7 +154,10 @@ def turn_the_dial(config: TrainOptions, dataset: Dataset, device: torch.device) 
     given = config.model_dump(include=config.model_fields_set)
     saved = config.out_dir / "config.toml"
     if config.resume and saved.exists():
-        chosen = tomllib.loads(saved.read_text(encoding="utf-8"))
+        try:
+            chosen = tomllib.loads(saved.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{saved}: {error}; give what was chosen when the run began instead of a dial") from None
         keys = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch_size", "max_steps")
         keys += ("eval_interval", "eval_tokens")
         return TrainOptions(**{key: chosen[key] for key in keys if key in chosen} | given)
@@ -193,17 +196,16 @@ def fit(
 
     `loader(step)` gives the batches of an optimizer step, whose weights sum to 1, `loader.epochs(step)` the passes over the
     data until then; `objective(model, batch)` is the loss. `evaluate()` gives val_loss, and what else there is to measure;
-    `preview()` is shown with it. `facts` (stage, base) are noted in the checkpoints; a run resumes only with the same ones.
-    Writes config.toml, metrics.jsonl, loss.png and checkpoints/ in config.out_dir. On SIGINT and SIGTERM it saves and ends
-    the process with 128 + the signal.
+    `preview()` is shown with it. `facts` (stage, data, base) are noted in the checkpoints; a run resumes only with the same ones.
+    Writes config.toml, metrics.jsonl, loss.png and checkpoints/ in config.out_dir, which must be `owned`. On SIGINT, SIGTERM and
+    SIGUSR1 it saves and ends the process with 128 + the signal.
     """
     device = next(model.parameters()).device
     dtype = runtime.pick_dtype(config.dtype, device)
     peak = runtime.peak_flops(device)
     runtime.keep_memory()
     optimizers = make_optimizers(model, config)
-    state = open_run(model, optimizers, tokenizer, config, facts)
-    loss_sum = torch.tensor(state["loss_sum"], device=device)  # of the steps since the last line in metrics.jsonl
+    state = open_run(model, asdict(model.config), optimizers, tokenizer, config, facts)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 has no numbers for small gradients
     if scaler.is_enabled() and state["loss_scale"]:
         scaler.load_state_dict(state["loss_scale"])
@@ -212,81 +214,128 @@ def fit(
         runtime.compile_in_place(model, device)
     model.train()
 
-    with runtime.StopSignal() as stop, RunLog(config, state["step"]) as log, Ahead(loader, device) as batches:
+    with (
+        runtime.StopSignal() as stop,
+        RunLog(config, state["step"], state["metrics_lines"]) as log,
+        Ahead(loader, device) as batches,
+        Saver(config, tokenizer, log, state["step"] or None) as saver,
+    ):
         clock, clock_tokens = time.perf_counter(), 0
         while True:
-            step, improved = state["step"], False
-            due = step % config.eval_interval == 0 or step == config.max_steps
-            if due and state["evaluated"] != step and not stop.received:
+            step = state["step"]
+            last = step == config.max_steps
+            due = (step % config.eval_interval == 0 or last) and state["evaluated"] != step
+            checkpoint_due = config.checkpoint_interval and step % config.checkpoint_interval == 0
+            if last or stop.received or (step and (due or checkpoint_due)):  # before evaluating, which may take long, or fail
+                state |= {"loss_scale": scaler.state_dict() or None, "metrics_lines": log.lines}
+                saver.save(model, asdict(model.config), optimizers, state)
+            if due and not stop.received:
                 paused = time.perf_counter()
-                found = evaluate()
+                try:
+                    with stop.at_once():
+                        found = evaluate()
+                        text = preview() if config.sample_tokens else ""
+                except runtime.Stopped:
+                    continue
                 log.log(step, state["tokens"], epoch=loader.epochs(step), **found)
-                improved = note_evaluation(found["val_loss"], state, loader.epochs(step), log)
-                if config.sample_tokens:
-                    log.say("  | " + preview().replace("\n", "\n  | "))
+                if note_evaluation(found["val_loss"], state, loader.epochs(step), log) and (step or last):
+                    saver.mark_best()
+                if text:
+                    log.say("  | " + text.replace("\n", "\n  | "))
+                saver.plot()
                 clock += time.perf_counter() - paused
-
-            last = step == config.max_steps or gave_up(state, config)
-            checkpoint_due = config.checkpoint_interval and step and step % config.checkpoint_interval == 0
-            if checkpoint_due or (improved and step) or last or stop.received:
-                state |= {"loss_sum": float(loss_sum), "loss_scale": scaler.state_dict() or None}
-                state["stopped_early"] = last and step < config.max_steps
-                path = save_checkpoint(config.out_dir / "checkpoints", model, asdict(model.config), optimizers, state, tokenizer)
-                point_to(path, "last")
-                if improved:
-                    point_to(path, "best")
-                prune(path.parent)
-                plot_losses(log.path, config.out_dir / "loss.png")
-            if last or stop.received:
+            if last or stop.received or gave_up(state, config):
                 break
 
-            torch.manual_seed(mix(config.seed, step))  # dropout depends on seed and step alone, so a resumed run repeats it
             factor = schedule(step, config)
             set_learning_rate(optimizers, factor)
-            for batch in batches(step):
-                state["tokens"] += int((batch.targets != -100).sum())
-                clock_tokens += batch.ids.numel()
-                for micro in batch.split(config.micro_batch_size or config.batch_size):
-                    with runtime.autocast(device, dtype):
-                        loss = objective(model, micro.to(device))
-                    scaler.scale(loss).backward()
-                    loss_sum += loss.detach()
+            sequences = batches(step)
+            loss = gradients(model, sequences, objective, scaler, dtype, config, state, log)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            log_due = (step + 1) % config.log_interval == 0 or step + 1 == config.max_steps
-            if config.grad_clip or log_due or scaler.is_enabled():
-                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            if not scaler.is_enabled() or grad_norm.isfinite():  # else the scale was too large: this step is left out
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+            norm = float(norm)
+            if accepts(loss, norm, scaler.get_scale(), state, config, lambda step=step: loader.places(step), log.say):
                 for optimizer in optimizers:
                     optimizer.step()
             scaler.update()
             model.zero_grad(set_to_none=True)
+            if math.isfinite(loss):
+                state |= {"loss_sum": state["loss_sum"] + loss, "summed": state["summed"] + 1}
+            state["tokens"] += sum(int((batch.targets != -100).sum()) for batch in sequences)
+            clock_tokens += sum(batch.ids.numel() for batch in sequences)
             state["step"] += 1
             log.advance()
 
-            if log_due:
-                train_loss = float(loss_sum) / (state["step"] - state["logged"])
-                if not math.isfinite(train_loss):
-                    raise MachineError(f"the loss is {train_loss} at step {state['step']}: lower learning_rate")
+            if (state["step"] % config.log_interval == 0 or state["step"] == config.max_steps) and state["summed"]:
+                state["train_loss"] = state["loss_sum"] / state["summed"]
                 speed = clock_tokens / (time.perf_counter() - clock)
-                mfu = {"mfu": speed * model.flops_per_token() / peak} if peak else {}
-                measured = {"learning_rate": factor * config.learning_rate, "grad_norm": float(grad_norm)}
-                measured["epoch"] = loader.epochs(state["step"])
-                log.log(state["step"], state["tokens"], train_loss=train_loss, **measured, tokens_per_second=speed, **mfu)
-                loss_sum.zero_()
-                state["train_loss"] = train_loss
-                state["logged"], clock, clock_tokens = state["step"], time.perf_counter(), 0
+                measured = {"learning_rate": factor * config.learning_rate, "epoch": loader.epochs(state["step"])}
+                measured |= {"grad_norm": norm} if math.isfinite(norm) else {}
+                measured |= {"tokens_per_second": speed} | ({"mfu": speed * model.flops_per_token() / peak} if peak else {})
+                log.log(state["step"], state["tokens"], train_loss=state["train_loss"], **measured)
+                state |= {"loss_sum": 0.0, "summed": 0}
+                clock, clock_tokens = time.perf_counter(), 0
+        saver.finish()
 
     if stop.received:
         print(f"stopped by a signal; saved at step {state['step']}, --resume continues", file=sys.stderr)
         sys.exit(128 + stop.received)
-    if state["stopped_early"]:
+    if state["step"] < config.max_steps:
         print(
             f"stopped early: no lower validation loss in {config.patience} evaluations since step {state['best_step']:,}; "
-            "checkpoints/best, which is what the run's directory now means, keeps that step",
+            "checkpoints/best, which is what the run's directory means, keeps that step",
             file=sys.stderr,
         )
     return state
+
+
+def gradients(
+    model: GPT,
+    batches: list[Batch],
+    objective: Objective,
+    scaler: torch.amp.GradScaler,
+    dtype: torch.dtype,
+    config: RunOptions,
+    state: dict[str, Any],
+    log: RunLog,
+) -> float:
+    """Leave the gradient of a step in the parameters, a micro-batch at a time, and return its loss.
+
+    Where memory is too small, with config.auto_microbatch the step is done again in micro-batches of half the size, which the
+    state keeps; else raises MachineError, which names what to lower.
+    """
+    device = next(model.parameters()).device
+    wanted = config.micro_batch_size or config.batch_size
+    size = min(wanted, state["micro_batch_size"] or wanted, max(len(batch.ids) for batch in batches))
+    while True:
+        torch.manual_seed(mix(config.seed, state["step"]))  # dropout depends on seed and step alone: a resumed run repeats it
+        loss = torch.zeros((), device=device)
+        try:
+            for micro in (micro for batch in batches for micro in batch.split(size)):
+                with runtime.autocast(device, dtype):
+                    part = objective(model, micro.to(device))
+                scaler.scale(part).backward()
+                loss += part.detach()
+            return float(loss)
+        except RuntimeError as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+            if not config.auto_microbatch or size == 1:
+                lower = "micro_batch_size" if size > 1 else "block_size, or add --activation_checkpointing"
+                raise MachineError(
+                    f"out of memory at step {state['step'] + 1:,}, with {size} sequences at a time: lower {lower} (or let "
+                    "--auto_microbatch do it); what was saved is kept, --resume goes on from there"
+                ) from None
+        part = micro = None  # what holds memory
+        model.zero_grad(set_to_none=True)
+        size //= 2
+        state["micro_batch_size"] = size
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.say(f"out of memory: from step {state['step'] + 1:,} on {size} sequences at a time, micro_batch_size={size}")
 
 
 def gave_up(state: dict[str, Any], config: RunOptions) -> bool:
@@ -322,52 +371,6 @@ def overfitting_notice(val_loss: float, state: dict[str, Any], epochs: float) ->
         f"{state['best_step']:,}. What helps: fewer --max_steps, --dropout=0.2, --weight_decay=0.3, a smaller model "
         "(--n_layer, --n_embd), or more text."
     )
-
-
-OURS = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged")  # what a run writes
-
-
-def refuse_existing(config: RunOptions) -> None:
-    """Raises UserError where there is a run already and neither --resume nor --overwrite is given."""
-    if any((config.out_dir / name).exists() for name in OURS) and not (config.overwrite or config.resume):
-        raise UserError(f"{config.out_dir}: a run is there already; add --resume to continue it, or --overwrite to replace it")
-
-
-def open_run(
-    model: GPT, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer, config: RunOptions, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Make config.out_dir ready and return the state to start from: a new run's, or with --resume the last checkpoint's.
-
-    Raises UserError where there is a run already and neither --resume nor --overwrite is given, or where the checkpoint is
-    of another model, tokenizer, seed or stage.
-    """
-    fixed = facts | {"optimizer": config.optimizer, "seed": config.seed, "batch_size": config.batch_size}
-    state = {"step": 0, "tokens": 0} | fixed
-    progress = {"logged": 0, "loss_sum": 0.0, "loss_scale": None, "train_loss": None, "evaluated": None, "warned": False}
-    progress |= {"best_val_loss": None, "best_step": 0, "best_train_loss": None, "unimproved": 0, "stopped_early": False}
-    last = config.out_dir / "checkpoints" / "last"
-    if config.resume and last.exists():
-        checkpoint = open_checkpoint(last)
-        found = checkpoint.state | checkpoint.model_fields
-        wanted = fixed | asdict(model.config)
-        for key in wanted:
-            if found.get(key) != wanted[key]:
-                raise UserError(f"{checkpoint.path}: {key} was {found.get(key)!r}, now it is {wanted[key]!r}; resume as it was")
-        if checkpoint.tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(f"{checkpoint.path}: its tokenizer is not the data's; resume with the run's own data")
-        if checkpoint.state["step"] > config.max_steps:
-            raise UserError(f"{checkpoint.path}: already beyond --max_steps={config.max_steps}")
-        checkpoint.load_model(model)
-        checkpoint.load_optimizers(model, optimizers)
-        state, progress = checkpoint.state, {key: value for key, value in progress.items() if key not in checkpoint.state}
-    else:
-        refuse_existing(config)
-        for path in (config.out_dir / name for name in OURS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    options = config.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"}, exclude_none=True)
-    (config.out_dir / "config.toml").write_text(tomli_w.dumps(options), encoding="utf-8")
-    return state | progress
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ Of a run with adapters (papagaio/lora.py) a checkpoint holds adapter_model.safet
 model.safetensors, and its state names the base that they belong to by its sha256.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,57 +40,81 @@ from papagaio.optim import expected_state
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    model: nn.Module,
-    model_fields: dict[str, Any],
-    optimizers: list[torch.optim.Optimizer],
-    state: dict[str, Any],
-    tokenizer: Tokenizer,
-    name: str | None = None,
-) -> Path:
-    """Write checkpoints/step-N, N being state["step"], or checkpoints/name, and return its path. Equal states give equal files.
+class Contents(NamedTuple):
+    """What a checkpoint holds beside its tokenizer: tensors by file and name, and the text of the JSON files."""
 
-    Of a model with adapters these alone are saved.
-    """
-    final = checkpoints / (name or f"step-{state['step']}")
-    temporary = checkpoints / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    tensors: dict[str, dict[str, torch.Tensor]]
+    texts: dict[str, str]
+
+
+def contents(
+    model: nn.Module, model_fields: dict[str, Any], optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+) -> Contents:
+    """What is to be saved; the tensors are those that training goes on to change. Of a model with adapters these alone."""
+    texts = {"model.json": to_json(model_fields), "state.json": to_json(state)}
     if adapters(model):
-        tensors, adapter_config = adapter_state(model)
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_json(temporary / "adapter_config.json", adapter_config)
+        weights, adapter_config = adapter_state(model)
+        tensors = {"adapter_model.safetensors": weights}
+        texts["adapter_config.json"] = to_json(adapter_config)
     else:
-        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
-    _write_json(temporary / "model.json", model_fields)
-    _write_json(temporary / "state.json", state)
-    save_tokenizer(tokenizer, temporary / "tokenizer")
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {"files": {str(f.relative_to(temporary)): file_sha256(f) for f in files}}
-    (temporary / "manifest.json").write_text(sealed(manifest), encoding="utf-8")
-    for path in [*files, temporary / "manifest.json", temporary / "tokenizer", temporary]:
-        flush_to_disk(path)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    flush_to_disk(checkpoints)
-    return final
+        tensors = {"model.safetensors": {name: t.contiguous() for name, t in model.state_dict().items()}}
+    return Contents(tensors | {"optimizer.safetensors": _optimizer_tensors(model, optimizers)}, texts)
 
 
-def point_to(checkpoint: Path, name: str) -> None:
-    """Make the file `last` or `best` beside a checkpoint name it, at one stroke."""
-    write_whole(checkpoint.with_name(name), checkpoint.name + "\n")
+def write_checkpoint(final: Path, contents: Contents, tokenizer: Tokenizer) -> None:
+    """Write a checkpoint directory, in a temporary one beside it which then gets its name. Equal contents give equal files.
+
+    Raises OSError, or safetensors' own error, and leaves nothing, where the disk does not take it.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    discard(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in contents.tensors.items():
+            metadata = {"format": "pt"} if name == "adapter_model.safetensors" else None  # as PEFT wants it
+            save_file(tensors, temporary / name, metadata)
+        for name, text in contents.texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        save_tokenizer(tokenizer, temporary / "tokenizer")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = {"files": {str(path.relative_to(temporary)): file_sha256(path) for path in files}}
+        for path in files:
+            flush_to_disk(path)
+        write_whole(temporary / "manifest.json", sealed(manifest))
+        flush_to_disk(temporary / "tokenizer")
+        discard(final)  # damaged, or of a run that went on from before it
+        temporary.rename(final)
+        flush_to_disk(final.parent)
+    except (OSError, SafetensorError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def prune(checkpoints: Path) -> None:
-    """Delete the checkpoints that neither last nor best names."""
-    kept = {
-        (checkpoints / name).read_text(encoding="utf-8").strip() for name in ("last", "best") if (checkpoints / name).exists()
-    }
-    for path in checkpoints.glob("step-*"):
-        if path.name not in kept:
-            shutil.rmtree(path)
+def discard(path: Path) -> None:
+    """Delete a directory; what a crash leaves half deleted does not bear its name any more."""
+    if path.exists():
+        condemned = path.with_name(f".{path.name.lstrip('.')}.old")
+        shutil.rmtree(condemned, ignore_errors=True)
+        path.rename(condemned)
+        shutil.rmtree(condemned)
+
+
+def steps_saved(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints in a directory, in order."""
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def prune(checkpoints: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to `step` delete all but the `keep` newest, and those that last and best name.
+
+    What is beyond the step is damaged: a run goes on from the newest that is not. It stays until its step is saved again.
+    """
+    files = (checkpoints / name for name in ("last", "best"))
+    named = {path.read_text(encoding="utf-8").strip() for path in files if path.exists()}
+    for old in [n for n in steps_saved(checkpoints) if n <= step][:-keep]:
+        if f"step-{old}" not in named:
+            discard(checkpoints / f"step-{old}")
 
 
 class CheckpointManifest(Manifest):
@@ -201,7 +226,7 @@ class Checkpoint:
 def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
     """Open a checkpoint directory, a `last` or `best` file, or a run, and verify its files.
 
-    Of a run it is the last checkpoint, of one that stopped early the best. Adapters need the checkpoint that they were made
+    Of a run it is the last checkpoint, of one with patience the best. Adapters need the checkpoint that they were made
     for: `base`, or what their run's config.toml names. Raises UserError where it is none of these, or damaged: the file is
     named.
     """
@@ -279,7 +304,7 @@ def resolve(path: Path) -> Path:
     if (path / "manifest.json").exists() and not (path / "model.json").exists():
         raise UserError(f"{path}: a dataset, not a checkpoint; name a run or a checkpoint directory")
     if (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / ("best" if _stopped_early(path / "checkpoints") else "last")
+        path = path / "checkpoints" / ("best" if _means_best(path) else "last")
     if path.is_file() and path.name in ("last", "best"):
         path = path.parent / _pointed_to(path)
     if not (path / "manifest.json").exists():
@@ -296,12 +321,12 @@ def _pointed_to(path: Path) -> str:
     return name
 
 
-def _stopped_early(checkpoints: Path) -> bool:
-    """Whether a run ended because it got no better. What cannot be read is named by who opens it."""
+def _means_best(run: Path) -> bool:
+    """Whether a run was to stop when it got no better. What cannot be read is named by who opens it."""
     try:
-        state = read_object(checkpoints / _pointed_to(checkpoints / "last") / "state.json", CURE)
-        return bool(state["stopped_early"]) and (checkpoints / "best").is_file()
-    except (UserError, KeyError):
+        patience = load_toml(run / "config.toml")[1].get("patience", 0)
+        return bool(patience) and (run / "checkpoints" / "best").is_file()
+    except UserError:
         return False
 
 
@@ -350,7 +375,3 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise MachineError(f"{path}: {name} holds numbers that are not finite")
     return tensors
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(to_json(value), encoding="utf-8")

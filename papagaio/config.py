@@ -21,9 +21,13 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+# What asks a process to end: Ctrl-C, a scheduler, and Slurm's warning before its time is over (--signal=USR1@60).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class UserError(ValueError):
@@ -91,7 +95,19 @@ class RunOptions(Options):
     )
     patience: int = option(0, "stop after so many evaluations in a row without a lower validation loss (0: never)", ge=0)
     sample_tokens: int = option(48, "longest text shown at each evaluation, in tokens (0: off)", ge=0)
-    checkpoint_interval: int = option(1000, "steps between checkpoints; also at the end (0: only there)", ge=0)
+    checkpoint_interval: int = option(
+        1000, "steps between checkpoints; also before each evaluation and at the end (0: only there)", ge=0
+    )
+    keep: int = option(2, "newest checkpoints that are kept, beside the best", ge=1)
+    on_nonfinite: str = option(
+        "stop",
+        "a loss or gradient that is not finite: stop before it changes the weights, or skip:N, leave out up to N steps in a row",
+        pattern=r"^(stop|skip:[1-9]\d*)$",
+    )
+    on_spike: Literal["report", "skip"] = option(
+        "report", "a loss over 6 sigma above the mean of the last 128 steps: report it, or leave the step out as well"
+    )
+    auto_microbatch: bool = option(False, "out of memory: halve micro_batch_size and go on; the optimizer step stays the same")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of matrix products; auto: bfloat16 where the hardware computes it, float16 on other GPUs"
@@ -172,6 +188,9 @@ def parse(options: type[OptionsT], argv: list[str] | None = None, doc: str | Non
 
     `doc` is the script's docstring, shown by --help.
     """
+    if argv is None:  # torch has still to be imported: a signal that comes meanwhile ends the process quietly
+        for number in STOP_SIGNALS:
+            signal.signal(number, _leave)
     try:
         return read_options(options, sys.argv[1:] if argv is None else argv, doc)
     except UserError as error:
@@ -212,7 +231,9 @@ def read_options(options: type[OptionsT], argv: list[str], doc: str | None = Non
 
 def run(main: Callable[[OptionsT], None], config: OptionsT) -> NoReturn:
     """Call `main(config)` and end the process as the design says: one line and a status, a traceback only for our own bugs."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(config)
         sys.stdout.flush()
@@ -230,6 +251,10 @@ def run(main: Callable[[OptionsT], None], config: OptionsT) -> NoReturn:
             fail("out of memory: lower micro_batch_size or block_size (nothing that was saved is lost)", 1)
         raise
     sys.exit(0)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from papagaio import runtime
 from papagaio.config import RunOptions, UserError
 from papagaio.loader import Batch, Loader
-from papagaio.optim import Muon, make_optimizers
+from papagaio.optim import make_optimizers, moment_bytes
 
 
 def largest_micro_batch(batches: list[Batch], size: int) -> Batch:
@@ -39,13 +39,7 @@ def memory_parts(make_model: Callable[[], nn.Module], config: RunOptions, micro:
         inputs = [None if tensor is None else fake.from_tensor(tensor).to(device) for tensor in micro]
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
             model(*inputs)
-        optimizers = make_optimizers(model, config)
-        moments = sum(
-            p.numel() * p.element_size() * (1 if isinstance(optimizer, Muon) else 2)
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-        )
+        moments = moment_bytes(make_optimizers(model, config))
     chunk = min(2**19, micro.ids.numel() * model.config.vocab_size)
     return {
         "weights": sum(weights.values()),

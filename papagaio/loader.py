@@ -59,6 +59,10 @@ class Loader(Protocol):
         """Passes over the data after `step` steps."""
         ...
 
+    def places(self, step: int) -> list[str]:
+        """Where each sequence of a step comes from, for a message."""
+        ...
+
 
 Objective = Callable[[Any, Any], Tensor]  # (model, batch) -> the loss, a scalar
 
@@ -90,6 +94,7 @@ class WindowLoader:
         world_size: int = 1,
     ) -> None:
         shards = dataset.shards(split)
+        self.dataset, self.names = dataset, [shard["file"] for shard in dataset.splits[split]["shards"]]
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.document_mask, self.start_at_documents = document_mask, start_at_documents
         self.start_token = dataset.tokenizer.special[END_OF_TEXT]
@@ -126,6 +131,11 @@ class WindowLoader:
     def epochs(self, step: int) -> float:
         """Passes over the data after `step` steps."""
         return step * self.batch_size / self.n_windows
+
+    def places(self, step: int) -> list[str]:
+        """Such as train-00000.npy[512:769], the tokens of each window."""
+        pairs = zip(*self._places(step), strict=True)
+        return [f"{self.names[shard]}[{start}:{start + self.block_size + 1}]" for shard, start in pairs]
 
     def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shard of each window (B,) and where in it the window starts (B,). Computed for many steps at once."""

@@ -120,6 +120,16 @@ def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Op
     return optimizers
 
 
+def moment_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    """Bytes of the moments that optimizers keep once they have made a step."""
+    return sum(
+        p.nbytes * (1 if isinstance(optimizer, Muon) else 2)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
 def schedule(step: int, config: RunOptions) -> float:
     """Learning rate of a step as a part of its peak, in [0, 1].
 

@@ -7,9 +7,10 @@ Each token sees its own conversation alone, and positions begin anew with each, 
 gradients of its conversations one by one. A step's loss is the mean over its supervised tokens, whatever row they are in.
 """
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ TooLong = Literal["drop", "truncate"]
 
 
 class Example(NamedTuple):
-    """A conversation as token ids (N,), for each whether it is learnt (N,), and the weight of its tokens in the loss."""
+    """A conversation as token ids (N,), for each whether it is learnt (N,), the weight of its tokens in the loss, and where it
+    stands (file:line)."""
 
     ids: NDArray[np.uint32]
     learnt: NDArray[np.bool_]
     weight: float = 1.0
+    place: str = ""
 
     @property
     def length(self) -> int:
@@ -62,8 +65,16 @@ def encode(
         if not any(learnt):
             report.drop(f"no room for an answer in the context of {block_size} tokens", conversation.place)
             continue
-        examples.append(Example(np.array(ids, np.uint32), np.array(learnt), conversation.weight))
+        examples.append(Example(np.array(ids, np.uint32), np.array(learnt), conversation.weight, conversation.place))
     return examples
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """The sha256 of examples: equal where tokens, what is learnt of them, weights and order are."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(f"{len(example.ids)} {example.weight} ".encode() + example.ids.tobytes() + example.learnt.tobytes())
+    return found.hexdigest()
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -181,6 +192,16 @@ class ConversationLoader:
     def epochs(self, step: int) -> float:
         """Passes over the conversations after `step` steps."""
         return step * self.batch_size / self.mixture.size
+
+    def places(self, step: int) -> list[str]:
+        """The file and line of each conversation of a step, and its windows of pretraining text."""
+        return taken_from(self.examples, self.mixture, self.batch_size, self.replay, step)
+
+
+def taken_from(items: Sequence[Any], mixture: Mixture, batch_size: int, replay: WindowLoader | None, step: int) -> list[str]:
+    """Where the examples or pairs of a step stand, and the windows that are mixed in."""
+    numbers = range(step * batch_size, (step + 1) * batch_size)
+    return [items[mixture(number)].place for number in numbers] + (replay.places(step) if replay is not None else [])
 
 
 def replayed(replay: WindowLoader | None, weight: float, step: int) -> list[Batch]:

@@ -8,8 +8,8 @@ model, less that under the model that tuning began with, as its implicit reward 
 The reference log-probabilities do not change: they are computed once, and stored beside the run.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from papagaio.conversations import Report
 from papagaio.dialogue import Conversation, Preference
 from papagaio.loader import Batch, WindowLoader
-from papagaio.packing import Example, Mixture, TooLong, collate, encode, replayed
+from papagaio.packing import Example, Mixture, TooLong, collate, encode, fingerprint, replayed, taken_from
 from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import Tokenizer
 
@@ -36,6 +36,10 @@ class Pair(NamedTuple):
     @property
     def length(self) -> int:
         return max(self.chosen.length, self.rejected.length)
+
+    @property
+    def place(self) -> str:
+        return self.chosen.place
 
 
 class PairBatch(NamedTuple):
@@ -134,12 +138,16 @@ class PairLoader:
         """Passes over the pairs after `step` steps."""
         return step * self.batch_size / self.mixture.size
 
+    def places(self, step: int) -> list[str]:
+        """The file and line of each pair of a step, and its windows of pretraining text."""
+        return taken_from(self.pairs, self.mixture, self.batch_size, self.replay, step)
+
 
 class AsAnswers:
     """A loader of pairs whose answers are to be learnt one like the other: what a step of DPO costs, for --dry_run."""
 
     def __init__(self, loader: PairLoader) -> None:
-        self.loader, self.epochs = loader, loader.epochs
+        self.loader, self.epochs, self.places = loader, loader.epochs, loader.places
 
     def __call__(self, step: int) -> list[Batch]:
         batches = []
@@ -168,20 +176,16 @@ def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], dtype: 
 
 def stored_reference(path: Path, model: nn.Module, weights_sha256: str, pairs: Sequence[Pair], dtype: torch.dtype) -> Tensor:
     """The reference log-probabilities (N, 2): from the file, if it is of this model and these pairs; else computed and stored."""
-    identity = hashlib.sha256(f"{weights_sha256} {dtype}".encode())
-    for pair in pairs:
-        for example in pair:
-            identity.update(example.ids.tobytes() + example.learnt.tobytes())
-    key = identity.hexdigest()
+    key = f"{weights_sha256} {dtype} {fingerprint(chain.from_iterable(pairs))}"
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("sha256") == key:
+            if (file.metadata() or {}).get("made_of") == key:
                 return file.get_tensor("log_probabilities")
     except (OSError, SafetensorError):
         pass  # none yet, or cut short: made anew
     found = reference_log_probabilities(model, pairs, dtype)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"log_probabilities": found}, temporary, metadata={"sha256": key})
+    save_file({"log_probabilities": found}, temporary, metadata={"made_of": key})
     temporary.replace(path)
     return found
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Self
 
 import torch
 
-from papagaio.config import UserError
+from papagaio.config import STOP_SIGNALS, UserError
 
 # Peak of dense bfloat16 matrix products in FLOP/s, from the makers' data sheets (without sparsity), by a part of the name
 # that torch.cuda.get_device_name gives. First match wins: the longer name stands first.
@@ -118,6 +119,11 @@ def keep_memory() -> None:
             mallopt(parameter, value)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get the memory it asked for, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on the device; None where that cannot be told."""
     if device.type == "cuda":
@@ -145,23 +151,39 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-class StopSignal:
-    """While active, SIGINT and SIGTERM are noted in `received` instead of ending the process: training saves first.
+class Stopped(BaseException):
+    """A signal has come while `StopSignal.at_once` was in force."""
 
-    A second signal ends it at once.
+
+class StopSignal:
+    """While active, SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) are noted in `received`: training ends its step and saves.
+
+    A second signal ends the process at once; what has been saved is whole whenever that is.
     """
 
     received: int | None = None
+    raises = False
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is inside changes nothing that is kept, so a signal breaks it off where it is. Raises Stopped."""
+        self.raises = True
+        if self.received is not None:
+            raise Stopped
+        yield
+        self.raises = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise SystemExit(128 + number)
+            os._exit(128 + number)  # nothing is waited for
         self.received = number
+        if self.raises:
+            raise Stopped

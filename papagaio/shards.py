@@ -138,6 +138,12 @@ class Dataset:
         if self.tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
             raise UserError(f"{directory}: the tokenizer is not the one the shards were made with; prepare the data again")
 
+    @property
+    def sha256(self) -> str:
+        """Identity: two datasets with equal sha256 hold the same tokens of the same tokenizer, wherever they stand."""
+        shards = [shard["sha256"] for split in SPLITS for shard in self.splits[split]["shards"]]
+        return hashlib.sha256(" ".join([self.tokenizer.sha256, *shards]).encode()).hexdigest()
+
     def shards(self, split: str) -> list[NDArray]:
         """The token ids of a split, a memory-mapped array a shard, each verified by its sha256."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside of Python's lock

@@ -222,7 +222,7 @@ def test_accumulation_gives_the_same_training(world: Path, tmp_path: Path, call:
 
 def test_best_and_last_name_checkpoints(world: Path, tmp_path: Path, call: Call) -> None:
     command = ["train", "--data", world / "data", *SMALL, "--out_dir", tmp_path / "run"]
-    assert call(*command, "--max_steps=30", "--eval_interval=10", "--checkpoint_interval=7")[0] == 0
+    assert call(*command, "--max_steps=30", "--eval_interval=10", "--checkpoint_interval=7", "--keep=1")[0] == 0
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
     named = {(tmp_path / "run" / "checkpoints" / name).read_text().strip() for name in ("last", "best")}
     assert kept == named

@@ -10,7 +10,7 @@ import torch
 from test_loader import make_dataset
 
 from model import GPT, GPTConfig
-from papagaio.checkpoint import open_checkpoint, point_to, prune, save_checkpoint
+from papagaio.checkpoint import contents, open_checkpoint, prune, steps_saved, write_checkpoint
 from papagaio.config import RunOptions, UserError
 from papagaio.dialogue import Conversation, render_prompt
 from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
@@ -89,12 +89,12 @@ def test_answers_are_the_models_greedy_ones_and_counted_right(gpt: GPT) -> None:
 
 def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     config = RunOptions(out_dir=tmp_path, max_steps=9)
-    with RunLog(config, 0) as log:
+    with RunLog(config, 0, 0) as log:
         log.log(1, 10, train_loss=3.0, tokens_per_second=1.0)
         log.log(2, 20, val_loss=2.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "tok')  # cut short by a crash
-    with RunLog(config, 1) as log:
+    with RunLog(config, 1, 1) as log:
         assert log.elapsed_seconds >= read_metrics(tmp_path / "metrics.jsonl")[0]["elapsed_seconds"]
         log.log(2, 20, val_loss=1.0)
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -115,10 +115,11 @@ def test_checkpoints_are_whole_equal_and_come_back(gpt: GPT, tmp_path: Path) -> 
     optimizers = trained(gpt)
     state = {"step": 7, "optimizer": "muon"}
     fields = dataclasses.asdict(gpt.config)
-    path = save_checkpoint(tmp_path / "a" / "checkpoints", gpt, fields, optimizers, state, BYTES)
-    other = save_checkpoint(tmp_path / "b" / "checkpoints", gpt, fields, optimizers, state, BYTES)
+    path, other = (tmp_path / name / "checkpoints" / "step-7" for name in "ab")
+    for place in (path, other):
+        write_checkpoint(place, contents(gpt, fields, optimizers, state), BYTES)
     assert (path / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
-    point_to(path, "last")
+    (path.parent / "last").write_text("step-7\n")
     checkpoint = open_checkpoint(tmp_path / "a")
     assert checkpoint.path == path
     assert checkpoint.state == state
@@ -140,17 +141,20 @@ def test_checkpoints_are_whole_equal_and_come_back(gpt: GPT, tmp_path: Path) -> 
         checkpoint.load_optimizers(twin, wrong)
 
 
-def test_pruning_keeps_what_is_named(gpt: GPT, tmp_path: Path) -> None:
-    fields = dataclasses.asdict(gpt.config)
-    paths = [save_checkpoint(tmp_path, gpt, fields, [], {"step": step}, BYTES) for step in range(4)]
-    point_to(paths[1], "best")
-    point_to(paths[3], "last")
-    prune(tmp_path)
-    assert {path.name for path in tmp_path.glob("step-*")} == {"step-1", "step-3"}
+def test_pruning_keeps_the_newest_and_what_is_named(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 100):
+        (tmp_path / f"step-{step}").mkdir()
+    (tmp_path / "best").write_text("step-5\n")
+    (tmp_path / "last").write_text("step-20\n")
+    prune(tmp_path, 20, keep=2)
+    assert steps_saved(tmp_path) == [5, 15, 20, 100], "what is beyond the step is another matter"
+    prune(tmp_path, 20, keep=1)
+    assert steps_saved(tmp_path) == [5, 20, 100]
 
 
 def test_every_byte_of_a_checkpoint_is_watched(gpt: GPT, tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, gpt, dataclasses.asdict(gpt.config), trained(gpt), {"step": 1}, BYTES)
+    path = tmp_path / "step-1"
+    write_checkpoint(path, contents(gpt, dataclasses.asdict(gpt.config), trained(gpt), {"step": 1}), BYTES)
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
     assert len(files) == 5
     for file in files:

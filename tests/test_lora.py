@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import GPT, PRESETS, GPTConfig
-from papagaio.checkpoint import open_checkpoint, save_checkpoint
+from papagaio.checkpoint import contents, open_checkpoint, write_checkpoint
 from papagaio.config import RunOptions, UserError
 from papagaio.lora import TARGETS, LoRALinear, adapter_state, adapters, add_adapters, merged
 from papagaio.optim import make_optimizers
@@ -101,7 +101,9 @@ def test_merging_gives_the_same_logits() -> None:
 
 
 def save(gpt: GPT, path: Path, state: dict) -> Path:
-    return save_checkpoint(path, gpt, dataclasses.asdict(gpt.config), [], {"step": 1, "optimizer": "adamw"} | state, BYTES)
+    path = path / "step-1"
+    write_checkpoint(path, contents(gpt, dataclasses.asdict(gpt.config), [], {"step": 1, "optimizer": "adamw"} | state), BYTES)
+    return path
 
 
 def test_peft_reads_what_is_saved_and_gives_the_same_logits(tmp_path: Path) -> None:

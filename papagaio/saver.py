@@ -1,0 +1,120 @@
+"""Saving while training goes on: a copy of the weights is taken, and a thread writes it to the disk.
+
+What the disk does not take is said, and training goes on: the checkpoints before are kept, and the next save tries again.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from papagaio import runtime
+from papagaio.checkpoint import Contents, contents, prune, write_checkpoint
+from papagaio.config import MachineError, RunOptions
+from papagaio.files import write_whole
+from papagaio.metrics import RunLog
+from papagaio.plots import plot_losses
+from papagaio.tokenizer import Tokenizer
+
+
+class Saver:
+    """Writes checkpoints/step-N, `last`, `best` and loss.png of a run, one after the other, in the order of the calls.
+
+    The copy stands in memory that is kept from one save to the next; where there is too little for it, saving holds up
+    training. `saved` is the step of the newest checkpoint on the disk. Leaving the `with` block waits for what is being written.
+    """
+
+    def __init__(self, config: RunOptions, tokenizer: Tokenizer, log: RunLog, saved: int | None) -> None:
+        self.directory, self.keep, self.tokenizer, self.log = config.out_dir / "checkpoints", config.keep, tokenizer, log
+        self.picture = config.out_dir / "loss.png"
+        self.saved = self.asked = saved
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self.writing: Future[None] | None = None
+        self.copy: dict[str, dict[str, Tensor]] = {}
+
+    def save(
+        self, model: nn.Module, model_fields: dict[str, Any], optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
+    ) -> None:
+        """Save the state after state["step"] steps, unless that is done already. The save before is waited for."""
+        self.wait()
+        if state["step"] == self.saved:
+            return
+        found = contents(model, model_fields, optimizers, state)
+        copied = self._copied(found.tensors)
+        self.asked = state["step"]
+        self.writing = self._later(f"step-{self.asked} was not saved", self._write, self.asked, found._replace(tensors=copied))
+        if copied is found.tensors:
+            self.wait()
+
+    def mark_best(self) -> None:
+        """Let `best` name the checkpoint that was saved last, and draw the plot, once it is on the disk."""
+        self._later("checkpoints/best was not changed", self._mark_best, self.asked)
+
+    def plot(self) -> None:
+        """Draw the losses so far."""
+        self._later(f"{self.picture.name} was not drawn", plot_losses, self.log.path, self.picture)
+
+    def wait(self) -> None:
+        """Until the save that was asked for last is done, or has failed."""
+        if self.writing is not None:
+            self.writing.result()
+
+    def finish(self) -> None:
+        """Wait for all. Raises MachineError where the state that was to be saved last is not on the disk."""
+        self.wait()
+        if self.saved != self.asked:
+            kept = f"{self.directory}/step-{self.saved} is kept" if self.saved is not None else "there is no checkpoint"
+            raise MachineError(f"step {self.asked} could not be saved; {kept}, and --resume goes on from there")
+
+    def _later(self, failure: str, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        def attempt() -> None:
+            try:
+                work(*arguments)
+            except (OSError, SafetensorError) as error:
+                reason = (isinstance(error, OSError) and error.strerror) or str(error)
+                self.log.say(f"warning: {failure}: {reason}; what was saved before is kept, and the next save tries again")
+
+        return self.pool.submit(attempt)
+
+    def _write(self, step: int, found: Contents) -> None:
+        path = self.directory / f"step-{step}"
+        self.log.sync()
+        write_checkpoint(path, found, self.tokenizer)
+        write_whole(self.directory / "last", path.name + "\n")
+        self.saved = step
+        prune(self.directory, step, self.keep)
+
+    def _mark_best(self, step: int) -> None:
+        if self.saved == step:
+            write_whole(self.directory / "best", f"step-{step}\n")
+            prune(self.directory, step, self.keep)
+
+    def _copied(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The tensors in memory of our own; the same ones, where that is too small for them."""
+        given = {(file, name): tensor for file, named in tensors.items() for name, tensor in named.items()}
+        shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in given.items()}
+        if {(f, n): (t.shape, t.dtype) for f, named in self.copy.items() for n, t in named.items()} != shapes:
+            free = runtime.free_memory(torch.device("cpu"))
+            if free is not None and free < 2 * sum(tensor.nbytes for tensor in given.values()):
+                return tensors
+            self.copy = {file: {name: _place_for(t) for name, t in named.items()} for file, named in tensors.items()}
+        for (file, name), tensor in given.items():
+            self.copy[file][name].copy_(tensor.detach(), non_blocking=True)
+        for device in {tensor.device for tensor in given.values()}:
+            runtime.synchronize(device)
+        return self.copy
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.pool.shutdown()
+
+
+def _place_for(tensor: Tensor) -> Tensor:
+    """Memory for a copy: for a GPU's tensor pinned, which it fills fastest."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
