@@ -301,7 +301,7 @@ def resolve(path: Path) -> Path:
     """The checkpoint directory that a path means: itself, or what a run's or a pointer file's name leads to."""
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
-    if (path / "manifest.json").exists() and not (path / "model.json").exists():
+    if (path / "manifest.json").exists() and any(path.glob("val-*.npy")):
         raise UserError(f"{path}: a dataset, not a checkpoint; name a run or a checkpoint directory")
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / ("best" if _means_best(path) else "last")

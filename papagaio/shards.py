@@ -134,9 +134,10 @@ class Dataset:
         self.manifest = read_manifest(path, DatasetManifest, "data/prepare.py makes dataset directories: prepare the data again")
         self.dtype = np.dtype(self.manifest["dtype"])
         self.splits = self.manifest["splits"]
+        described = directory / "tokenizer" / "tokenizer.json"
+        if described.exists() and file_sha256(described) != self.manifest["tokenizer_sha256"]:
+            raise UserError(f"{described}: the tokenizer is not the one the shards were made with; prepare the data again")
         self.tokenizer = load_tokenizer(directory / "tokenizer")
-        if self.tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
-            raise UserError(f"{directory}: the tokenizer is not the one the shards were made with; prepare the data again")
 
     @property
     def sha256(self) -> str:
@@ -157,8 +158,8 @@ class Dataset:
             tokens = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives as well
         except UserError:
             raise
-        except (OSError, ValueError, RecursionError, MemoryError) as error:
-            raise UserError(f"{path}: {error}; prepare the data again") from None
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+            raise UserError(f"{path}: not a whole .npy file ({error!r}); prepare the data again") from None
         if tokens.dtype != self.dtype or tokens.shape != (shard["tokens"],):
             raise UserError(f"{path}: {tokens.dtype} {tokens.shape} where the manifest says {self.dtype} ({shard['tokens']},)")
         return tokens

@@ -304,6 +304,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             tokenizer = BPETokenizer(kind, ranks, found["pattern"], text)
         except ValueError as error:
             raise UserError(f"{path}: tiktoken does not take this pattern: {error}") from None
+        if found.get("ranks_sha256") != hashlib.sha256(text).hexdigest():
+            raise UserError(f"{directory / 'ranks.tiktoken'}: damaged: its sha256 is not the one that tokenizer.json has")
     else:
         raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe or gpt2")
     if to_json(tokenizer.describe()) != read_text(path, cure):  # byte for byte
