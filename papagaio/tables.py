@@ -94,7 +94,7 @@ def long_json(blocks: Iterable[str], text_key: str, place: Callable[[], str]) ->
                 remains += outside
                 if quote:
                     key = _KEY.search(remains[-longest_key - 64 :]) if depth == 1 else None
-                    wanted, string = key is not None and json.loads(key[1]) == text_key, ""
+                    wanted, string = key is not None and parse_json(key[1], place) == text_key, ""
                     found += wanted
                     if wanted:
                         yield Fragment("", True, False)

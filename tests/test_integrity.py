@@ -271,7 +271,7 @@ WEIGHTS: list[tuple[Callable[[Path, str], Any], str]] = [
     # what is done to a file and one tensor {t} in it
     (lambda f, t: changed(f, lambda held: held.update({t: held[t].double()})), "{t} is float64 ["),
     (lambda f, t: changed(f, lambda held: held.update({t: held[t].bfloat16()})), "{t} is bfloat16 ["),
-    (lambda f, t: changed(f, lambda held: held.update({t: held[t][:, :4]})), "{t} is float32 ["),
+    (lambda f, t: changed(f, lambda held: held.update({t: held[t][1:]})), "{t} is float32 ["),
     (lambda f, t: changed(f, lambda held: held.pop(t)), "{t} is missing where"),
     (lambda f, t: changed(f, lambda held: held.update(more=torch.zeros(3))), "more is float32 [3] where"),
     (lambda f, t: with_header(f, b"{}", 2**60), "not a safetensors file"),
