@@ -28,8 +28,9 @@ from papagaio.config import MachineError, RunOptions, UserError
 from papagaio.files import file_sha256, sealed
 from papagaio.lora import add_adapters
 from papagaio.optim import make_optimizers
+from papagaio.pieces import read_index
 from papagaio.shards import SPLITS, Dataset
-from papagaio.tokenizer import Tokenizer
+from papagaio.tokenizer import Tokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
 BASE, ADAPTED = Path("base/checkpoints/step-1"), Path("lora/checkpoints/step-1")
@@ -611,3 +612,27 @@ def test_json_and_toml_beyond_measure_are_refused_cheaply(copy: Path) -> None:
         if name != "manifest.json":
             reseal(copy / BASE)
     assert isinstance(open_checkpoint(copy / BASE), Checkpoint)
+
+
+def test_a_tokenizer_is_what_it_was_to_the_byte(copy: Path) -> None:
+    """Also where it stands alone, as for data/prepare.py's --tokenizer."""
+    file = copy / "data" / "tokenizer" / "tokenizer.json"
+    whole = file.read_text()
+    for text in (whole[:-1], whole + "\n", whole.replace("\n", "\r\n"), whole.replace(": ", ":", 1)):
+        file.write_bytes(text.encode())
+        with pytest.raises(UserError, match=r"tokenizer\.json: does not describe"):
+            load_tokenizer(file.parent)
+    ranks = file.parent / "ranks.tiktoken"
+    lines = ranks.read_bytes().splitlines()
+    file.write_text(whole)
+    ranks.write_bytes(b"\n".join([b"//79 0", *lines[1:]]) + b"\n")  # no token for the byte 0 any more
+    with pytest.raises(UserError, match=r"ranks\.tiktoken: .* lack some of the 256 bytes"):
+        load_tokenizer(file.parent)
+
+
+def test_the_index_of_an_interrupted_run_runs_no_code(tmp_path: Path) -> None:
+    for payload in payloads(tmp_path / "canary"):
+        (tmp_path / "000000.npy").write_bytes(payload)
+        with pytest.raises(UserError, match=r"000000\.npy: damaged .*; delete it"):
+            read_index(tmp_path / "000000.npy")
+    assert not (tmp_path / "canary").exists()
