@@ -114,6 +114,7 @@ from train import fit
 
 def main(config: FinetuneOptions) -> None:
     checkpoint = open_checkpoint(config.init_from, config.base)
+    checkpoint.outline(lambda fields: GPT(GPTConfig(**fields)))  # refuses a model.json that the weights are not of
     tokenizer, block_size = checkpoint.tokenizer, checkpoint.model_fields["block_size"]
     test = read_conversations(config.test_data) if config.test_data else []
     control = read_conversations(config.control_data) if config.control_data else []
@@ -277,7 +278,7 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
 def with_recipe(config: FinetuneOptions, checkpoint: Checkpoint, data: Data) -> FinetuneOptions:
     """The options with what the user has not chosen: the learning rates of what is to be done, and the steps for the data."""
     chosen = config.model_dump(exclude_unset=True)
-    optimizer = chosen.get("optimizer", checkpoint.state["optimizer"])
+    optimizer = chosen.get("optimizer", checkpoint.state.get("optimizer", "muon"))
     recipe = RECIPES["preferences" if data.pairs else "lora" if config.lora_rank else optimizer]
     steps = chosen.get("max_steps")
     if steps is None:

@@ -13,7 +13,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class GPTConfig:
     zero_init: bool = True  # output projections start at zero, so that every block starts as the identity (arXiv:2203.03466)
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # which may come from a file
+            value, kind = getattr(self, field.name), field.type
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind | int if kind is float else kind):
+                raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")

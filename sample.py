@@ -59,10 +59,10 @@ from typing import Any
 from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.checkpoint import open_checkpoint
+from papagaio.files import parse_json
 from papagaio.generate import Request, Step, complete, special_ids
 from papagaio.rows import can_compile, prepare
 from papagaio.streaming import TextStream
-from papagaio.tables import parse_json
 from papagaio.terminal import coloured, colours
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 

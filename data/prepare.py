@@ -33,7 +33,7 @@ from pydantic import model_validator
 
 from papagaio.config import MachineError, UserError, option, parse, run
 from papagaio.corpus import LEAF_BYTES, ReadingOptions, Span, list_spans, read
-from papagaio.files import sealed, write_whole
+from papagaio.files import parse_json, sealed, write_whole
 from papagaio.inspection import comparison, inspection, summary
 from papagaio.pieces import Digest, Documents, Fate, Pieces, PieceWriter, assemble, piece_paths
 from papagaio.shards import Dataset, token_dtype
@@ -186,7 +186,7 @@ def make_tasks(spans: list[Span]) -> list[Task]:
     tasks: list[Task] = []
     room = 0
     for span in spans:
-        if span.size > room or span.kind == "hub" or len(tasks[-1]) == 1000:
+        if not tasks or span.size > room or span.kind == "hub" or len(tasks[-1]) == 1000:
             tasks.append([])
             room = largest
         tasks[-1].append(span)
@@ -224,7 +224,7 @@ def continue_plan(work: Path, plan: dict[str, Any], config: PrepareOptions) -> N
         for shard in work.glob("*.npy"):
             shard.unlink()
     else:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = parse_json(path.read_text(encoding="utf-8", errors="replace"), lambda: f"{path}: damaged, delete {work}")
         if before["options"] != plan["options"]:
             if not config.overwrite:
                 different = [key for key in plan["options"] if before["options"].get(key) != plan["options"][key]]

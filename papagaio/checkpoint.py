@@ -7,23 +7,36 @@ Of a run with adapters (papagaio/lora.py) a checkpoint holds adapter_model.safet
 model.safetensors, and its state names the base that they belong to by its sha256.
 """
 
-import json
 import re
 import shutil
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from papagaio.config import MachineError, UserError
-from papagaio.files import file_sha256, flush_to_disk, sealed, to_json, write_whole
-from papagaio.lora import adapter_state, adapters, load_adapters, merged
+from papagaio.config import MachineError, UserError, load_toml
+from papagaio.files import (
+    SAVE_TENSORS,
+    FileName,
+    Manifest,
+    Sha256,
+    file_sha256,
+    flush_to_disk,
+    read_manifest,
+    read_object,
+    read_text,
+    refuse_pickle,
+    sealed,
+    to_json,
+    write_whole,
+)
+from papagaio.lora import adapter_state, adapters, expected, load_adapters, merged
+from papagaio.optim import expected_state
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 
@@ -107,6 +120,18 @@ def prune(checkpoints: Path, step: int, keep: int) -> None:
             discard(checkpoints / f"step-{old}")
 
 
+class CheckpointManifest(Manifest):
+    """manifest.json."""
+
+    of: ClassVar[str] = "a whole checkpoint's manifest"
+
+    files: dict[FileName, Sha256]
+
+
+CURE = "take another checkpoint"
+LONGEST_CONTEXT = 2**22  # tokens; beyond any that was ever trained
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory whose files have been verified: `GPT(GPTConfig(**checkpoint.model_fields))` is its model."""
@@ -118,61 +143,87 @@ class Checkpoint:
     weights_sha256: str  # of the file of weights, or of adapters
     base: "Checkpoint | None" = None  # what the adapters belong to, where it holds such
 
-    def build(self, make: Callable[[dict[str, Any]], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The model that `make` makes of model_fields, for generation: with the saved weights, matrices in dtype.
+    def outline(self, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+        """The model that `make` makes of model_fields, on the meta device: no time or memory goes into weights.
 
-        No time or memory goes into initial weights, and what stays as it is in the file is mapped, not copied.
+        Raises UserError where it is none, or the saved weights are not its own.
         """
         draws = nn.Embedding.reset_parameters
         nn.Embedding.reset_parameters = lambda self: None  # to draw normal numbers on this device, torch imports its compiler
         try:
             with torch.device("meta"):
                 model = make(self.model_fields)
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
+            raise UserError(f"{self.path / 'model.json'}: {error}; {CURE}") from None
         finally:
             nn.Embedding.reset_parameters = draws
+        self._compare(model.state_dict())
+        return model
+
+    def build(self, make: Callable[[dict[str, Any]], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The model that `make` makes of model_fields, for generation: with the saved weights, matrices in dtype.
+
+        What stays as it is in the file is mapped, not copied.
+        """
+        model = self.outline(make)
         self.load_model(model, dtype)
         return model.to(device).eval()
 
     def load_model(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         """Copy the saved weights into a model, or let them be the weights of one on the meta device, matrices in dtype.
 
-        Adapters are added into the weights, or put into a model that has such itself. Raises UserError where the shapes differ,
-        MachineError for weights that are not finite.
+        Adapters are added into the weights, or put into a model that has such itself. Raises UserError where names, types or
+        shapes differ, before anything is read but headers; MachineError for weights that are not finite.
         """
-        try:
-            if self.base is not None and adapters(model):
-                load_adapters(model, _load_tensors(self.path / "adapter_model.safetensors"))
-                return
-            tensors = self._tensors()
-            if dtype is not None:
-                tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
-            model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
-        except (UserError, MachineError):
-            raise
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{self.path}: the weights do not fit the model: {error}") from None
+        if self.base is not None and adapters(model):
+            path = self.path / "adapter_model.safetensors"
+            compare(path, adapter_state(model)[0], "the model with adapters", "they are of another rank or have other targets")
+            load_adapters(model, _load_tensors(path))
+            return
+        self._compare(model.state_dict())
+        tensors = self._tensors()
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+        model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _compare(self, weights: Mapping[str, Tensor]) -> None:
+        """Raises UserError unless the weights saved here, or in the base of what is saved here, are such as these."""
+        if self.base is None:
+            compare(self.path / "model.safetensors", weights)
+            return
+        self.base._compare(weights)
+        path = self.path / "adapter_model.safetensors"
+        compare(path, expected(weights, header(path), self._adapter_config()["r"]), "the model with adapters")
+
+    def _tensors(self) -> dict[str, Tensor]:
         if self.base is None:
             return _load_tensors(self.path / "model.safetensors")
+        return merged(self.base._tensors(), _load_tensors(self.path / "adapter_model.safetensors"), self._adapter_config())
+
+    def _adapter_config(self) -> dict[str, Any]:
         path = self.path / "adapter_config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            return merged(self.base._tensors(), _load_tensors(self.path / "adapter_model.safetensors"), config)
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise UserError(f"{path}: not a configuration of adapters ({error!r})") from None
+        config = read_object(path, CURE)
+        for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+            if type(config.get(key)) not in kinds or not 0 < config[key] < 2**31:
+                raise UserError(f"{path}: {key} must be a positive number, not {config.get(key)!r}; {CURE}")
+        return config
 
     def load_optimizers(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """Restore what `save_checkpoint` stored of the optimizers. Raises UserError where they are others."""
-        tensors = _load_tensors(self.path / "optimizer.safetensors")
+        path = self.path / "optimizer.safetensors"
         names = {p: name for name, p in model.named_parameters()}
+        found, wanted = header(path), {}
         for i, optimizer in enumerate(optimizers):
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                prefix = f"{i}.{names[p]}."
-                found = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-                optimizer.state[p] = {key: tensor.to(p.device) for key, tensor in found.items()}
-        if tensors:
-            raise UserError(f"{self.path}: made with another optimizer; resume with the run's own options")
+            for p, tensors in expected_state(optimizer).items():
+                named = {f"{i}.{names[p]}.{key}": tensor for key, tensor in tensors.items()}
+                if named.keys() & found.keys():  # else it has not made a step yet
+                    wanted |= named
+        compare(path, wanted, "this optimizer", "made with another optimizer? resume with the run's own options")
+        saved = _load_tensors(path)
+        for i, optimizer in enumerate(optimizers):
+            for p, tensors in expected_state(optimizer).items():
+                kept = {key: saved.get(f"{i}.{names[p]}.{key}") for key in tensors}
+                optimizer.state[p] = {key: tensor.to(p.device) for key, tensor in kept.items() if tensor is not None}
 
 
 def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
@@ -182,64 +233,103 @@ def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
     for: `base`, or what their run's config.toml names. Raises UserError where it is none of these, or damaged: the file is
     named.
     """
-    path = resolve(path)
-    try:
-        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name, sha256 in files.items():
+    return _open(resolve(path), base, ())
+
+
+def _open(path: Path, base: Path | None, above: tuple[Path, ...]) -> Checkpoint:
+    """`above` are the adapters whose base this is."""
+    files = read_manifest(path / "manifest.json", CheckpointManifest, CURE)["files"]
+    weights = "adapter_model.safetensors" if "adapter_model.safetensors" in files else "model.safetensors"
+    needed = {weights, "model.json", "state.json", "optimizer.safetensors", "tokenizer/tokenizer.json"}
+    if weights == "adapter_model.safetensors":
+        needed.add("adapter_config.json")
+    if missing := needed - files.keys():
+        raise UserError(f"{path / 'manifest.json'}: does not name {min(missing)}, so that it cannot be verified; {CURE}")
+    for name, sha256 in files.items():
+        try:
             if file_sha256(path / name) != sha256:
-                raise UserError(f"{path / name}: changed or cut short since it was written; take another checkpoint")
-        fields = json.loads((path / "model.json").read_text(encoding="utf-8"))
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        adapted = "adapter_model.safetensors" in files
-        weights_sha256 = files["adapter_model.safetensors" if adapted else "model.safetensors"]
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror}; a checkpoint has this file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a whole checkpoint ({error!r})") from None
+                refuse_pickle(path / name, SAVE_TENSORS)
+                raise UserError(f"{path / name}: changed or cut short since it was written; {CURE}")
+        except OSError as error:
+            raise UserError(f"{path / name}: {error.strerror}; a checkpoint has this file") from None
+    fields, state = (read_object(path / name, CURE) for name in ("model.json", "state.json"))
+    if type(state.get("step")) is not int:
+        raise UserError(f"{path / 'state.json'}: step must be a whole number, not {state.get('step')!r}; {CURE}")
     tokenizer = load_tokenizer(path / "tokenizer")
-    return Checkpoint(path, fields, state, tokenizer, weights_sha256, _base(path, state, base) if adapted else None)
+    below = _base(path, state, base, above) if weights == "adapter_model.safetensors" else None
+    checkpoint = Checkpoint(path, fields, state, tokenizer, files[weights], below)
+    _refuse_absurd(checkpoint)
+    return checkpoint
 
 
-def _base(path: Path, state: dict[str, Any], base: Path | None) -> Checkpoint:
+def _refuse_absurd(checkpoint: Checkpoint) -> None:
+    """Raises UserError where the sizes in model.json are not those of the tokenizer and the weights: even a model without
+    weights takes memory for each of its layers."""
+    holder = checkpoint
+    while holder.base is not None:
+        holder = holder.base
+    tensors = header(holder.path / "model.safetensors")
+    largest = max((size for _, shape in tensors.values() for size in shape), default=1)
+    tokens = checkpoint.tokenizer.vocab_size
+    limits = {"vocab_size": (tokens, tokens), "n_layer": (1, len(tensors)), "n_embd": (1, largest)}
+    for name, (least, most) in (limits | {"block_size": (1, LONGEST_CONTEXT)}).items():
+        value = checkpoint.model_fields.get(name)
+        if type(value) is not int or not least <= value <= most:
+            known = f"{least:,}" if least == most else f"{least} to {most:,}"
+            path = checkpoint.path / "model.json"
+            raise UserError(f"{path}: {name} is {value!r}; the tokenizer and weights beside it allow {known}; {CURE}")
+
+
+def _base(path: Path, state: dict[str, Any], base: Path | None, above: tuple[Path, ...]) -> Checkpoint:
     """The checkpoint that the adapters in `path` were made for. Raises UserError where it is not to be found, or another."""
     config = path.parent.parent / "config.toml"
     if base is None and config.is_file():
         try:
-            base = Path(tomllib.loads(config.read_text(encoding="utf-8"))["init_from"])
-        except (ValueError, KeyError, TypeError):
+            base = Path(load_toml(config)[1]["init_from"])
+        except (UserError, KeyError, TypeError):
             base = None
     if base is None or not base.exists():
         tried = f"; it is not at {base} any more" if base is not None else ""
         raise UserError(f"{path}: adapters alone; name the checkpoint that they were made for with --base{tried}")
-    found = open_checkpoint(base)
-    if found.weights_sha256 != state.get("base_sha256"):
-        raise UserError(f"{path}: adapters for another base than {found.path}; name the one they were made for with --base")
-    return found
+    above, found = (*above, path.resolve()), resolve(base)
+    if found.resolve() in above:
+        raise UserError(f"{path}: adapters for themselves, by way of {found}; name the checkpoint they were made for with --base")
+    opened = _open(found, None, above)
+    if opened.weights_sha256 != state.get("base_sha256"):
+        raise UserError(f"{path}: adapters for another base than {found}; name the one they were made for with --base")
+    return opened
 
 
 def resolve(path: Path) -> Path:
     """The checkpoint directory that a path means: itself, or what a run's or a pointer file's name leads to."""
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
-    if (path / "manifest.json").exists() and not (path / "model.json").exists():
+    if (path / "manifest.json").exists() and any(path.glob("val-*.npy")):
         raise UserError(f"{path}: a dataset, not a checkpoint; name a run or a checkpoint directory")
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / ("best" if _means_best(path) else "last")
     if path.is_file() and path.name in ("last", "best"):
-        path = path.parent / path.read_text(encoding="utf-8").strip()
+        path = path.parent / _pointed_to(path)
     if not (path / "manifest.json").exists():
+        refuse_pickle(path, SAVE_TENSORS)
         raise UserError(f"{path}: not a checkpoint (no manifest.json); name a run, or a directory run/checkpoints/step-N")
     return path
+
+
+def _pointed_to(path: Path) -> str:
+    """The name of the directory beside it that a `last` or `best` file holds."""
+    name = read_text(path, "it must hold the name of a checkpoint beside it").strip()
+    if Path(name).name != name or "\0" in name:
+        raise UserError(f"{path}: holds {name[:50]!r}, where the name of a checkpoint beside it is needed")
+    return name
 
 
 def _means_best(run: Path) -> bool:
     """Whether a run was to stop when it got no better. What cannot be read is named by who opens it."""
     try:
-        patience = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("patience", 0)
+        patience = load_toml(run / "config.toml")[1].get("patience", 0)
         return bool(patience) and (run / "checkpoints" / "best").is_file()
-    except (OSError, ValueError):
+    except UserError:
         return False
 
 
@@ -253,11 +343,37 @@ def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]
     }
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
+Kind = tuple[str, tuple[int, ...]]  # a tensor's type and shape
+
+
+def header(path: Path) -> dict[str, Kind]:
+    """What tensors are in a safetensors file, by name; of their content nothing is read. Raises UserError where it is none."""
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a safetensors file: {error}") from None
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        refuse_pickle(path, SAVE_TENSORS)
+        raise UserError(f"{path}: not a safetensors file: {error}; {CURE}") from None
+    return {name: (DTYPES.get(dtype, dtype), shape) for name, (dtype, shape) in kinds.items()}
+
+
+def compare(path: Path, wanted: Mapping[str, Tensor], who: str = "the model", cure: str = CURE) -> None:
+    """Raises UserError unless a safetensors file has tensors of just these names, types and shapes, which `who` has."""
+    found = header(path)
+    for name in (*wanted, *(found.keys() - wanted.keys())):
+        right = (str(wanted[name].dtype).removeprefix("torch."), tuple(wanted[name].shape)) if name in wanted else None
+        if found.get(name) != right:
+            raise UserError(f"{path}: {name} is {_shown(found.get(name))} where {who} has {_shown(right)}; {cure}")
+
+
+def _shown(kind: Kind | None) -> str:
+    return f"{kind[0]} {list(kind[1])}" if kind else "missing"
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    tensors = load_file(path)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise MachineError(f"{path}: {name} holds numbers that are not finite")

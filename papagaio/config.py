@@ -306,17 +306,34 @@ def _validate(options: type[Options], name: str, value: Any, place: str) -> Any:
     return value
 
 
-def _read_toml(options: type[Options], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Options of a TOML file, and for each the place (file:line) where it stands."""
+LARGEST_TOML = 2**18  # bytes
+# tomllib keeps every beginning of a dotted key: of one with 100,000 parts, tens of gigabytes.
+_DOTTED = re.compile(r"(?:[^.=\n]{1,64}\.){64}")
+
+
+def load_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a TOML file, and what it says. Raises UserError where it is not one, or beyond measure."""
     try:
-        text = path.read_bytes().decode("utf-8")
-        table = tomllib.loads(text)
+        with path.open("rb") as file:
+            text = file.read(LARGEST_TOML + 1).decode("utf-8")
+        if len(text) > LARGEST_TOML or _DOTTED.search(text):
+            raise UserError(f"{path}: too long, or a key with too many dots; options are written one a line, key = value")
+        return text, tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; the configuration must be a TOML file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; the configuration must be a TOML file") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a number of thousands of digits is one that is not TOMLDecodeError
         raise UserError(f"{path}: not TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: TOML nested too deep; options are written one a line, key = value") from None
+
+
+def _read_toml(options: type[Options], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Options of a TOML file, and for each the place (file:line) where it stands."""
+    text, table = load_toml(path)
     values, origin = {}, {}
     for key, value in table.items():
         line = next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[?[\"']?{re.escape(key)}\b", row)), 1)

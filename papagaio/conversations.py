@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from papagaio.config import UserError
 from papagaio.dialogue import Conversation, Preference
+from papagaio.files import GIVE_TEXT, parse_json, refuse_pickle
 from papagaio.shards import share
-from papagaio.tables import open_parquet, parse_json
+from papagaio.tables import open_parquet
 from papagaio.textfiles import blocks_of
 
 Said = TypeVar("Said", Conversation, Preference)
@@ -76,6 +77,7 @@ def read_examples(path: Path) -> list[Conversation] | list[Preference]:
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, value) of every row: of .json, .csv, .tsv and .parquet by the name, of any other file a line of JSON each."""
+    refuse_pickle(path, GIVE_TEXT)
     kind = path.name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     if kind == "parquet":
         yield from _parquet_rows(path)
@@ -126,6 +128,8 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
         except RecursionError:
             raise UserError(f"{path}:{line}: JSON nested too deep") from None
+        except ValueError:
+            raise UserError(f"{path}:{line}: a number with thousands of digits") from None
         yield f"{path}:{line}", value
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from papagaio.config import Options, UserError, option
+from papagaio.files import GIVE_TEXT, refuse_pickle
 from papagaio.textfiles import Fragment, cut, decoded, document_boundary, record_boundary, trimmed, whole
 
 LEAF_BYTES = 2**20  # of a large text that is one document: hashed by themselves, encoded by one worker
@@ -97,6 +98,7 @@ def list_files(name: str) -> list[str]:
 
 def split_file(path: str, span_bytes: int, config: ReadingOptions) -> list[Span]:
     """The spans of one file: a large one is shared by several workers where they can begin in the middle of it."""
+    refuse_pickle(Path(path), GIVE_TEXT)
     name = path.lower()
     size = os.path.getsize(path)
     compressed = name.endswith((".gz", ".zst"))

@@ -91,6 +91,18 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: tensor.detach() for name, tensor in tensors.items()}, config
 
 
+def expected(weights: Mapping[str, Tensor], names: Iterable[str], rank: int) -> dict[str, Tensor]:
+    """What adapters of this rank to these weights are, so far as `names` of saved ones tell which layers have some; on the meta
+    device, to compare types and shapes with."""
+    found = {}
+    for layer in sorted({name.rpartition(".lora_")[0] for name in names}):
+        weight = weights.get(f"{layer.removeprefix(PREFIX)}.weight")
+        if weight is not None and weight.ndim == 2:
+            found[f"{layer}.lora_A.weight"] = torch.empty(rank, weight.size(1), device="meta")
+            found[f"{layer}.lora_B.weight"] = torch.empty(weight.size(0), rank, device="meta")
+    return found
+
+
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put saved adapters back into a model that has such. Raises ValueError where they are others."""
     wanted, _ = adapter_state(model)

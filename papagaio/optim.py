@@ -60,6 +60,19 @@ class Muon(torch.optim.Optimizer):
                 p.add_(u.mT if t else u, alpha=-group["lr"] * math.sqrt(p.size(0) / p.size(1) if t else 1))
 
 
+def expected_state(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """What one of these optimizers keeps of each parameter once it has made a step, on the meta device."""
+    if isinstance(optimizer, Muon):
+        stacks = optimizer.stacks
+        return {p[0]: {"momentum": torch.empty(len(p), *sorted(p[0].shape), device="meta")} for p in stacks}
+    moments = ("exp_avg", "exp_avg_sq")
+    return {
+        p: {"step": torch.empty((), device="meta")} | {name: torch.empty(p.shape, device="meta") for name in moments}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
 def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Optimizer]:
     """The optimizers of a model's parameters by what they are: look-up tables, the head, hidden matrices, scalars.
 

@@ -144,6 +144,18 @@ def piece_paths(directory: Path, number: int) -> tuple[Path, Path]:
     return directory / f"{number:06d}.tokens", directory / f"{number:06d}.npy"
 
 
+def read_index(path: Path) -> NDArray[np.void]:
+    """What a piece's index says of its documents. Raises UserError where it is damaged."""
+    try:
+        with path.open("rb") as file:
+            found = np.lib.format.read_array(file)  # it reads no pickles
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete it, and the same command makes it anew") from None
+    if found.dtype != INDEX or found.ndim != 1:
+        raise UserError(f"{path}: damaged ({found.dtype}); delete it, and the same command makes it anew")
+    return found
+
+
 # Assembling them
 
 
@@ -161,7 +173,7 @@ class Pieces:
     def __init__(self, directory: Path, count: int, dtype: np.dtype) -> None:
         self.paths = [piece_paths(directory, number) for number in range(count)]
         self.dtype = dtype
-        sizes = [int(np.load(index)["tokens"].sum()) for _, index in self.paths]
+        sizes = [int(read_index(index)["tokens"].sum()) for _, index in self.paths]
         self.ends = np.cumsum([0, *sizes])  # tokens before each piece, and all
         self.discarded = 0
 
@@ -169,7 +181,7 @@ class Pieces:
         """The documents of a piece at a time; one that goes on in the next is given with that."""
         rest = np.empty(0, INDEX)
         for _, path in self.paths:
-            entries = np.concatenate([rest, np.load(path)])
+            entries = np.concatenate([rest, read_index(path)])
             ends = np.flatnonzero(entries["last"])
             if not len(ends):
                 rest = entries

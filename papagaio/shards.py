@@ -8,17 +8,17 @@ dataset/
 
 import hashlib
 import io
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from papagaio.config import UserError
-from papagaio.files import file_sha256, sync_and_close
+from papagaio.files import GIVE_TEXT, FileName, Manifest, Sha256, file_sha256, read_manifest, refuse_pickle, sync_and_close
 from papagaio.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
@@ -80,6 +80,46 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
+class Shard(Manifest):
+    """What the manifest says of a shard."""
+
+    file: FileName
+    tokens: int
+    sha256: Sha256
+
+
+class Split(Manifest):
+    """What the manifest says of a split. The longest document is in tokens."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    duplicates: int = 0
+    duplicates_kept: bool = False
+    longest_document: int = 0
+    bytes_per_token: float = 0.0
+    shards: list[Shard]
+
+
+class Splits(Manifest):
+    train: Split
+    val: Split
+
+
+class DatasetManifest(Manifest):
+    """manifest.json. What has a default is for people, and may be missing where another program made the dataset."""
+
+    of: ClassVar[str] = "a dataset's manifest"
+
+    tokenizer_sha256: Sha256
+    vocab_size: int | None = None
+    dtype: Literal["uint16", "uint32"]
+    sources: list[str] = Field(default_factory=list)
+    made_from: str | None = None
+    empty_documents: int = 0
+    splits: Splits
+
+
 class Dataset:
     """A dataset directory, opened for reading: `manifest`, `tokenizer`, and `shards(split)`, memory-mapped.
 
@@ -89,17 +129,15 @@ class Dataset:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         path = directory / "manifest.json"
-        try:
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
-            self.dtype = np.dtype(self.manifest["dtype"])
-            self.splits = {split: self.manifest["splits"][split] for split in SPLITS}
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; data/prepare.py makes dataset directories") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a dataset's manifest ({error!r}); prepare the data again") from None
+        if not path.exists():
+            refuse_pickle(directory, GIVE_TEXT)
+        self.manifest = read_manifest(path, DatasetManifest, "data/prepare.py makes dataset directories: prepare the data again")
+        self.dtype = np.dtype(self.manifest["dtype"])
+        self.splits = self.manifest["splits"]
+        described = directory / "tokenizer" / "tokenizer.json"
+        if described.exists() and file_sha256(described) != self.manifest["tokenizer_sha256"]:
+            raise UserError(f"{described}: the tokenizer is not the one the shards were made with; prepare the data again")
         self.tokenizer = load_tokenizer(directory / "tokenizer")
-        if self.tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
-            raise UserError(f"{directory}: the tokenizer is not the one the shards were made with; prepare the data again")
 
     @property
     def sha256(self) -> str:
@@ -117,11 +155,11 @@ class Dataset:
         try:
             if file_sha256(path) != shard["sha256"]:
                 raise UserError(f"{path}: cut short or changed since it was written; prepare the data again")
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: {error}; prepare the data again") from None
+            tokens = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives as well
+        except UserError:
+            raise
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+            raise UserError(f"{path}: not a whole .npy file ({error!r}); prepare the data again") from None
         if tokens.dtype != self.dtype or tokens.shape != (shard["tokens"],):
             raise UserError(f"{path}: {tokens.dtype} {tokens.shape} where the manifest says {self.dtype} ({shard['tokens']},)")
         return tokens

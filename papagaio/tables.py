@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from papagaio.config import MachineError, UserError
+from papagaio.files import parse_json
 from papagaio.textfiles import BLOCK_BYTES, Fragment, line_of
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def long_json(blocks: Iterable[str], text_key: str, place: Callable[[], str]) ->
                 remains += outside
                 if quote:
                     key = _KEY.search(remains[-longest_key - 64 :]) if depth == 1 else None
-                    wanted, string = key is not None and json.loads(key[1]) == text_key, ""
+                    wanted, string = key is not None and parse_json(key[1], place) == text_key, ""
                     found += wanted
                     if wanted:
                         yield Fragment("", True, False)
@@ -117,15 +118,6 @@ def long_json(blocks: Iterable[str], text_key: str, place: Callable[[], str]) ->
     if not isinstance(value, dict) or found != 1:
         raise UserError(no_text(place(), text_key))
     yield Fragment("", False, True)
-
-
-def parse_json(text: str, place: Callable[[], str]) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place()}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise UserError(f"{place()}: JSON nested too deep") from None
 
 
 # Parquet files and datasets of the Hugging Face hub

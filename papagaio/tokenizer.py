@@ -13,7 +13,6 @@ Every tokenizer reserves the same five special tokens, so that fine-tuning never
 import base64
 import binascii
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from papagaio.config import MachineError, UserError
-from papagaio.files import to_json
+from papagaio.files import read_object, read_text, to_json
 
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|endoftext|>",  # begins every document and every conversation
@@ -292,23 +291,24 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer saved in a directory. Raises UserError where it is missing, damaged or not one."""
     path = directory / "tokenizer.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a tokenizer directory holds tokenizer.json") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    kind = found.get("kind") if isinstance(found, dict) else None
+    cure = "a tokenizer directory holds a tokenizer.json, as data/prepare.py writes it"
+    found = read_object(path, cure)
+    kind = found.get("kind")
     if kind == "byte":
         tokenizer: Tokenizer = ByteTokenizer()
     elif kind == "char" and isinstance(found.get("characters"), str):
         tokenizer = CharTokenizer(found["characters"])
     elif kind in ("bpe", "gpt2") and isinstance(found.get("pattern"), str):
         ranks, text = _read_ranks(directory / "ranks.tiktoken")
-        tokenizer = BPETokenizer(kind, ranks, found["pattern"], text)
+        try:
+            tokenizer = BPETokenizer(kind, ranks, found["pattern"], text)
+        except ValueError as error:
+            raise UserError(f"{path}: tiktoken does not take this pattern: {error}") from None
+        if found.get("ranks_sha256") != hashlib.sha256(text).hexdigest():
+            raise UserError(f"{directory / 'ranks.tiktoken'}: damaged: its sha256 is not the one that tokenizer.json has")
     else:
         raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe or gpt2")
-    if tokenizer.describe() != found:
+    if to_json(tokenizer.describe()) != read_text(path, cure):  # byte for byte
         raise UserError(f"{path}: does not describe the tokenizer beside it: damaged, or changed by hand")
     return tokenizer
 
@@ -340,6 +340,6 @@ def _read_ranks(path: Path) -> tuple[dict[bytes, int], bytes]:
             rank = b""
         if rank != b"%d" % (number - 1) or len(ranks) != number:
             raise UserError(f"{path}:{number}: not tiktoken's format: base64, a blank, and the rank {number - 1}")
-    if len(ranks) < 256:
-        raise UserError(f"{path}: only {len(ranks)} ranks; the 256 bytes at least must be there")
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise UserError(f"{path}: only {len(ranks)} ranks, which lack some of the 256 bytes; those at least must be there")
     return ranks, text
