@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,8 @@ from conftest import Call, make_dataset
 
 import train
 from finetune import FinetuneOptions
-from model import GPT
+from model import GPT, GPTConfig
+from papagaio import saver
 from papagaio.checkpoint import open_checkpoint, steps_saved
 from papagaio.config import RunOptions
 from papagaio.files import file_sha256
@@ -700,3 +702,25 @@ class FullDisk:
 
     def flush(self) -> None:
         raise OSError(28, "No space left on device")
+
+
+def test_a_save_holds_what_the_weights_were(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, tokenizer = RunOptions(out_dir=tmp_path, max_steps=9), load_tokenizer(world / "data" / "tokenizer")
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=8, n_layer=1, n_head=1, n_embd=16))
+    changed, write = threading.Event(), saver.write_checkpoint
+
+    def late(*values: object) -> None:
+        assert changed.wait(10)
+        write(*values)
+
+    monkeypatch.setattr(saver, "write_checkpoint", late)
+    before = weights_sha256(model)
+    with RunLog(config, 0, 0) as log, Saver(config, tokenizer, log, None) as saving:
+        saving.save(model, asdict(model.config), [], {"step": 1})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        changed.set()
+        saving.finish()
+    open_checkpoint(tmp_path / "checkpoints" / "step-1").load_model(model)
+    assert weights_sha256(model) == before
