@@ -145,7 +145,7 @@ def test_every_bit_of_the_small_files_is_watched(home: Path) -> None:
         (home / BASE / "manifest.json", lambda: open_checkpoint(home / BASE)),
     ):
         whole = file.read_bytes()
-        for place in range(0, len(whole), 7):
+        for place in range(0, len(whole), 13):
             for bit in range(8):
                 file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
                 with pytest.raises(UserError, match="json"):

@@ -133,7 +133,7 @@ def test_raw_text_is_ordinary_tokens(tokenizer: Tokenizer) -> None:
 PIECES = st.sampled_from([*SPECIAL_TOKENS, *TEXTS, "<|", "|>", "<|e", "nd|>", "<", "|", ">", " ", "\n", "a"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(PIECES, max_size=5).map("".join), min_size=3, max_size=3))
 def test_any_mixture_of_their_parts_stays_text(contents: list[str]) -> None:
     for tokenizer in map(tokenizer_of, KINDS):
