@@ -9,7 +9,6 @@ The options are TrainOptions and, shared with fine-tuning, papagaio/config.py's 
 import math
 import sys
 import time
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
-from papagaio.config import MachineError, RunOptions, SamplingOptions, UserError, option, parse, run
+from papagaio.config import MachineError, RunOptions, SamplingOptions, UserError, load_toml, option, parse, run
 
 # What a preset means for training, where the user says nothing else; what it means for the model stands in model.py.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -154,10 +153,7 @@ def turn_the_dial(config: TrainOptions, dataset: Dataset, device: torch.device) 
     given = config.model_dump(include=config.model_fields_set)
     saved = config.out_dir / "config.toml"
     if config.resume and saved.exists():
-        try:
-            chosen = tomllib.loads(saved.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{saved}: {error}; give what was chosen when the run began instead of a dial") from None
+        _, chosen = load_toml(saved)
         keys = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch_size", "max_steps")
         keys += ("eval_interval", "eval_tokens")
         return TrainOptions(**{key: chosen[key] for key in keys if key in chosen} | given)

@@ -8,6 +8,7 @@ model, less that under the model that tuning began with, as its implicit reward 
 The reference log-probabilities do not change: they are computed once, and stored beside the run.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -179,15 +180,20 @@ def stored_reference(path: Path, model: nn.Module, weights_sha256: str, pairs: S
     key = f"{weights_sha256} {dtype} {fingerprint(chain.from_iterable(pairs))}"
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_of") == key:
-                return file.get_tensor("log_probabilities")
+            found, said = file.get_tensor("log_probabilities"), file.metadata() or {}
+            if said.get("made_of") == key and said.get("sha256") == _sha256(found):
+                return found
     except (OSError, SafetensorError):
         pass  # none yet, or cut short: made anew
     found = reference_log_probabilities(model, pairs, dtype)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"log_probabilities": found}, temporary, metadata={"made_of": key})
+    save_file({"log_probabilities": found}, temporary, metadata={"made_of": key, "sha256": _sha256(found)})
     temporary.replace(path)
     return found
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 @torch.inference_mode()
