@@ -33,7 +33,7 @@ class Saver:
         self.picture = config.out_dir / "loss.png"
         self.saved = self.asked = saved
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self.writing: Future[None] | None = None
+        self.tasks: list[Future[Any]] = []
         self.copy: dict[str, dict[str, Tensor]] = {}
 
     def save(
@@ -46,22 +46,23 @@ class Saver:
         found = contents(model, model_fields, optimizers, state)
         copied = self._copied(found.tensors)
         self.asked = state["step"]
-        self.writing = self.pool.submit(self._save, self.asked, found._replace(tensors=copied))
+        self._later(self._save, self.asked, found._replace(tensors=copied))
         if copied is found.tensors:
             self.wait()
 
     def mark_best(self) -> None:
-        """Let `best` name the checkpoint that was saved last, and draw the plot, once it is on the disk."""
-        self.pool.submit(self._mark_best, self.asked)
+        """Let `best` name the checkpoint that was saved last, once it is on the disk."""
+        self._later(self._mark_best, self.asked)
 
     def plot(self) -> None:
         """Draw the losses so far."""
-        self.pool.submit(self._attempt, f"{self.picture.name} was not drawn", plot_losses, self.log.path, self.picture)
+        self._later(self._attempt, f"{self.picture.name} was not drawn", plot_losses, self.log.path, self.picture)
 
     def wait(self) -> None:
-        """Until the save that was asked for last is done, or has failed."""
-        if self.writing is not None:
-            self.writing.result()
+        """Until all that was asked for is done, or has failed."""
+        for task in self.tasks:
+            task.result()
+        self.tasks.clear()
 
     def finish(self) -> None:
         """Wait for all. Raises MachineError where the state that was to be saved last is not on the disk."""
@@ -69,6 +70,9 @@ class Saver:
         if self.saved != self.asked:
             kept = f"{self.directory}/step-{self.saved} is kept" if self.saved is not None else "there is no checkpoint"
             raise MachineError(f"step {self.asked} could not be saved; {kept}, and --resume goes on from there")
+
+    def _later(self, work: Callable[..., Any], *arguments: Any) -> None:
+        self.tasks.append(self.pool.submit(work, *arguments))
 
     def _save(self, step: int, found: Contents) -> None:
         if self._attempt(f"step-{step} was not saved", self._write, step, found):
