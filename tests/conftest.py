@@ -11,8 +11,10 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import torch
 
-from papagaio.config import parse, run
+from papagaio.config import RunOptions, parse, run
+from papagaio.optim import make_optimizers
 from papagaio.shards import SPLITS, Dataset, ShardWriter, token_dtype
 from papagaio.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, save_tokenizer
 
@@ -96,6 +98,16 @@ def make_dataset(
     manifest = {"tokenizer_sha256": tokenizer.sha256, "dtype": token_dtype(tokenizer).name, "splits": splits}
     (path / "manifest.json").write_text(json.dumps(manifest))
     return Dataset(path)
+
+
+def trained(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model after a step."""
+    optimizers = make_optimizers(model, RunOptions(out_dir=Path("x")))
+    ids = torch.arange(model.config.block_size)[None]
+    model(ids, ids).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return optimizers
 
 
 def documents(dataset: Dataset, split: str) -> list[str]:

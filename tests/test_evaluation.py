@@ -1,13 +1,12 @@
 """papagaio/evaluation.py, metrics.py, plots.py and checkpoint.py: measured by hand beside what they say."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from test_loader import make_dataset
+from conftest import make_dataset, trained
 
 from model import GPT, GPTConfig
 from papagaio.checkpoint import contents, open_checkpoint, prune, steps_saved, write_checkpoint
@@ -103,14 +102,6 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
-def trained(gpt: GPT) -> list[torch.optim.Optimizer]:
-    optimizers = make_optimizers(gpt, RunOptions(out_dir=Path("x")))
-    gpt(torch.arange(16)[None], torch.arange(16)[None]).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return optimizers
-
-
 def test_checkpoints_are_whole_equal_and_come_back(gpt: GPT, tmp_path: Path) -> None:
     optimizers = trained(gpt)
     state = {"step": 7, "optimizer": "muon"}
@@ -150,22 +141,3 @@ def test_pruning_keeps_the_newest_and_what_is_named(tmp_path: Path) -> None:
     assert steps_saved(tmp_path) == [5, 15, 20, 100], "what is beyond the step is another matter"
     prune(tmp_path, 20, keep=1)
     assert steps_saved(tmp_path) == [5, 20, 100]
-
-
-def test_every_byte_of_a_checkpoint_is_watched(gpt: GPT, tmp_path: Path) -> None:
-    path = tmp_path / "step-1"
-    write_checkpoint(path, contents(gpt, dataclasses.asdict(gpt.config), trained(gpt), {"step": 1}), BYTES)
-    files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
-    assert len(files) == 5
-    for file in files:
-        whole = file.read_bytes()
-        flipped = bytearray(whole)
-        flipped[len(whole) // 2] ^= 4
-        for damaged in (bytes(flipped), whole[:-1], whole + b" "):
-            file.write_bytes(damaged)
-            with pytest.raises(UserError, match=file.name):
-                open_checkpoint(path)
-        file.write_bytes(whole)
-    (path / "manifest.json").write_text(json.dumps({"files": 3}))
-    with pytest.raises(UserError, match="not a whole checkpoint"):
-        open_checkpoint(path)

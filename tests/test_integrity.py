@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Call
+from conftest import Call, trained
 from safetensors.torch import load_file, save_file
 
 from data import prepare
@@ -34,15 +34,6 @@ from papagaio.tokenizer import Tokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
 BASE, ADAPTED = Path("base/checkpoints/step-1"), Path("lora/checkpoints/step-1")
-
-
-def trained(gpt: GPT) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model after a step."""
-    optimizers = make_optimizers(gpt, RunOptions(out_dir=Path("x")))
-    gpt(torch.arange(8)[None], torch.arange(8)[None]).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return optimizers
 
 
 def adapted(gpt: GPT) -> GPT:
