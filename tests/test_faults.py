@@ -424,6 +424,35 @@ def test_a_signal_breaks_off_an_evaluation(number: int, world: Path, tmp_path: P
     assert runner(*command, "--resume").status == 0
 
 
+def slow_second_evaluation() -> None:
+    """In the process of a run: the evaluation after step 0's takes a minute."""
+    import papagaio.evaluation
+
+    quick, count = papagaio.evaluation.evaluate_loss, 0
+
+    def slow(*values: object) -> dict[str, float]:
+        nonlocal count
+        count += 1
+        time.sleep(60 * (count > 1))
+        return quick(*values)
+
+    papagaio.evaluation.evaluate_loss = slow
+
+
+def test_what_is_evaluated_has_been_saved(world: Path, tmp_path: Path, runner: Runner) -> None:
+    command = command_of("pretraining", world, tmp_path, 10)
+    process = runner.start(
+        [*command, "--checkpoint_interval=0", "--eval_interval=4", "--out_dir", tmp_path / "run"], slow_second_evaluation
+    )
+    Path(runner.streams[2]).touch()
+    wait_for("step 4/", runner)
+    time.sleep(1)
+    send(process, signal.SIGKILL)
+    assert runner.end(process).status == -signal.SIGKILL
+    assert steps_saved(tmp_path / "run" / "checkpoints") == [4]
+    assert_whole(tmp_path / "run")
+
+
 def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path, runner: Runner) -> None:
     command = [*command_of("pretraining", world, tmp_path, 100_000), "--out_dir", tmp_path / "run"]
     first = runner.start([*command, "--checkpoint_interval=3"])
@@ -622,10 +651,13 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(
 
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    forward = GPT.forward
+    """At every other micro-batch that is too large: a gradient is there already then."""
+    forward, large = GPT.forward, 0
 
     def limited(self: GPT, ids: torch.Tensor, *more: object) -> torch.Tensor:
-        if len(ids) > size and self.training:
+        nonlocal large
+        large += len(ids) > size and self.training
+        if len(ids) > size and self.training and large % 2 == 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return forward(self, ids, *more)
 
@@ -635,7 +667,7 @@ def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 def test_out_of_memory_names_what_to_lower_or_halves_it(
     world: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["train", *command_of("pretraining", world, tmp_path, 12)[1:-1], "--dropout=0", "--batch_size=8"]
+    command = ["train", *command_of("pretraining", world, tmp_path, 12)[1:-1], "--dropout=0", "--batch_size=16"]
     assert call(*command, "--micro_batch_size=2", "--out_dir", tmp_path / "small")[0] == 0
     out_of_memory_above(monkeypatch, 2)
     status, _, err = call(*command, "--micro_batch_size=8", "--out_dir", tmp_path / "run")
