@@ -55,6 +55,13 @@ class Ended(NamedTuple):
     err: str
 
 
+def in_one_thread(first: Callable[[], None] | None) -> None:
+    """Processes of several threads each slow one another down tenfold when something else is on the machine."""
+    torch.set_num_threads(1)
+    if first is not None:
+        first()
+
+
 class Runner:
     """Starts scripts in forked processes, and waits for them."""
 
@@ -64,12 +71,15 @@ class Runner:
     def start(self, command: list[object], first: Callable[[], None] | None = None) -> BaseProcess:
         self.count += 1
         self.streams = tuple(str(self.folder / f"{name}{self.count}") for name in ("in", "out", "err"))
-        Path(self.streams[0]).touch()
-        return forked.start([str(word) for word in command], self.streams, first)
+        for name in self.streams:
+            Path(name).touch()
+        return forked.start([str(word) for word in command], self.streams, functools.partial(in_one_thread, first))
 
     def end(self, process: BaseProcess) -> Ended:
         process.join(120)
-        assert process.exitcode is not None, "it does not end"
+        if process.exitcode is None:
+            process.kill()  # not to slow down what comes after
+            pytest.fail("it does not end")
         return Ended(process.exitcode, *(Path(name).read_text() for name in self.streams[1:]))
 
     def __call__(self, *command: object, first: Callable[[], None] | None = None) -> Ended:
@@ -413,7 +423,6 @@ def wait_for(word: str, runner: Runner) -> None:
 def test_a_signal_breaks_off_an_evaluation(number: int, world: Path, tmp_path: Path, runner: Runner) -> None:
     command = [*command_of("pretraining", world, tmp_path, 10), "--out_dir", tmp_path / "run"]
     process = runner.start(command, slow_evaluation)
-    Path(runner.streams[2]).touch()
     wait_for("evaluating", runner)
     started = time.perf_counter()
     send(process, number)
@@ -444,7 +453,6 @@ def test_what_is_evaluated_has_been_saved(world: Path, tmp_path: Path, runner: R
     process = runner.start(
         [*command, "--checkpoint_interval=0", "--eval_interval=4", "--out_dir", tmp_path / "run"], slow_second_evaluation
     )
-    Path(runner.streams[2]).touch()
     wait_for("step 4/", runner)
     time.sleep(1)
     send(process, signal.SIGKILL)
@@ -456,13 +464,11 @@ def test_what_is_evaluated_has_been_saved(world: Path, tmp_path: Path, runner: R
 def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path, runner: Runner) -> None:
     command = [*command_of("pretraining", world, tmp_path, 100_000), "--out_dir", tmp_path / "run"]
     first = runner.start([*command, "--checkpoint_interval=3"])
-    Path(runner.streams[2]).touch()
     wait_for("step 4/", runner)
     send(first, signal.SIGTERM)
     assert runner.end(first).status == 143
     steps = steps_saved(tmp_path / "run" / "checkpoints")
     process = runner.start([*command, "--resume"], slow_save)
-    Path(runner.streams[2]).touch()
     wait_for("saving", runner)
     send(process, signal.SIGTERM)
     time.sleep(0.3)
@@ -564,7 +570,6 @@ def test_a_loss_that_leaps(answer: str, world: Path, tmp_path: Path, call: Call,
 def test_a_second_run_is_refused_until_the_first_has_ended(world: Path, tmp_path: Path, call: Call, runner: Runner) -> None:
     command = [*command_of("pretraining", world, tmp_path, 100_000), "--out_dir", tmp_path / "run"]
     process = runner.start(command)
-    Path(runner.streams[2]).touch()
     wait_for("step 100/", runner)
     for more in ("--resume", "--overwrite"):
         status, _, err = call("train", *command[1:], more)
