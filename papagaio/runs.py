@@ -18,6 +18,7 @@ from torch import nn
 from papagaio.checkpoint import Checkpoint, contents, discard, open_checkpoint, steps_saved
 from papagaio.config import MachineError, RunOptions, UserError
 from papagaio.files import write_whole
+from papagaio.metrics import read_metrics
 from papagaio.optim import moment_bytes
 from papagaio.tokenizer import Tokenizer
 
@@ -76,6 +77,8 @@ def open_run(
             raise UserError(f"{checkpoint.path}: already beyond --max_steps={config.max_steps}")
         checkpoint.load_model(model)
         checkpoint.load_optimizers(model, optimizers)
+        lines = read_metrics(config.out_dir / "metrics.jsonl")  # of a run from before they were counted
+        progress["metrics_lines"] = sum(line["step"] <= checkpoint.state["step"] for line in lines)
         state, progress = checkpoint.state, {key: value for key, value in progress.items() if key not in checkpoint.state}
     else:
         for path in (config.out_dir / name for name in OURS):
