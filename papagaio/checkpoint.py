@@ -209,7 +209,7 @@ class Checkpoint:
         return config
 
     def load_optimizers(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Restore what `save_checkpoint` stored of the optimizers. Raises UserError where they are others."""
+        """Restore what `write_checkpoint` stored of the optimizers. Raises UserError where they are others."""
         path = self.path / "optimizer.safetensors"
         names = {p: name for name, p in model.named_parameters()}
         found, wanted = header(path), {}

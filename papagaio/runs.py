@@ -67,7 +67,7 @@ def open_run(
     """
     fixed = config.model_dump(mode="json", exclude={*MAY_CHANGE, *ELSEWHERE, *NO_PART})
     state = {"step": 0, "tokens": 0} | facts | {"optimizer": config.optimizer, "options": fixed}
-    progress = {"metrics_lines": 0, "logged": 0, "summed": 0, "loss_sum": 0.0, "loss_scale": None, "train_loss": None}
+    progress = {"metrics_lines": 0, "summed": 0, "loss_sum": 0.0, "loss_scale": None, "train_loss": None}
     progress |= {"evaluated": None, "warned": False, "best_val_loss": None, "best_step": 0, "best_train_loss": None}
     progress |= {"unimproved": 0, "recent_losses": [], "nonfinite": 0, "micro_batch_size": None}
     checkpoint = newest(config) if config.resume else None
@@ -77,8 +77,9 @@ def open_run(
             raise UserError(f"{checkpoint.path}: already beyond --max_steps={config.max_steps}")
         checkpoint.load_model(model)
         checkpoint.load_optimizers(model, optimizers)
-        lines = read_metrics(config.out_dir / "metrics.jsonl")  # of a run from before they were counted
-        progress["metrics_lines"] = sum(line["step"] <= checkpoint.state["step"] for line in lines)
+        if "metrics_lines" not in checkpoint.state:  # from before they were counted
+            lines = read_metrics(config.out_dir / "metrics.jsonl")
+            progress["metrics_lines"] = sum(line["step"] <= checkpoint.state["step"] for line in lines)
         state, progress = checkpoint.state, {key: value for key, value in progress.items() if key not in checkpoint.state}
     else:
         for path in (config.out_dir / name for name in OURS):
