@@ -10,7 +10,9 @@ conversation /help lists the commands. A model that was not fine-tuned completes
 
 import sys
 
-from papagaio.config import SamplingOptions, UserError, option, parse, run
+from papagaio.errors import UserError, run
+from papagaio.generation.options import SamplingOptions
+from papagaio.options import option, parse
 
 
 class ChatOptions(SamplingOptions):
@@ -30,11 +32,11 @@ from pathlib import Path
 
 from model import GPT, GPTConfig
 from papagaio import runtime
-from papagaio.checkpoint import open_checkpoint
-from papagaio.dialogue import Message, render_prompt
-from papagaio.generate import Request, complete, special_ids
-from papagaio.rows import can_compile, prepare
-from papagaio.streaming import TextStream
+from papagaio.batches.conversations import Message, render_prompt
+from papagaio.generation.engine import Request, complete, special_ids
+from papagaio.generation.layers import can_compile, prepare
+from papagaio.generation.streaming import TextStream
+from papagaio.runs.checkpoint import open_checkpoint
 from papagaio.terminal import dim
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 

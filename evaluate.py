@@ -15,7 +15,8 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from papagaio.config import Options, UserError, option, parse, run
+from papagaio.errors import UserError, run
+from papagaio.options import Options, option, parse
 
 
 class EvaluateOptions(Options):
@@ -55,10 +56,11 @@ import torch
 
 from model import GPT, GPTConfig
 from papagaio import runtime
-from papagaio.checkpoint import Checkpoint, open_checkpoint
-from papagaio.conversations import read_choices, read_conversations
-from papagaio.corpus import ReadingOptions, Span, list_spans, read
-from papagaio.dialogue import Conversation
+from papagaio.batches.conversations import Conversation
+from papagaio.batches.questions import read_choices, read_conversations
+from papagaio.batches.windows import ValidationWindows
+from papagaio.corpus.dataset import Dataset
+from papagaio.corpus.reading import ReadingOptions, Span, list_spans, read
 from papagaio.evaluation import (
     Answer,
     answer_nats,
@@ -71,8 +73,7 @@ from papagaio.evaluation import (
     text_batches,
 )
 from papagaio.files import to_json, write_whole
-from papagaio.loader import ValidationWindows
-from papagaio.shards import Dataset
+from papagaio.runs.checkpoint import Checkpoint, open_checkpoint
 
 READING = ReadingOptions()  # texts are read as data/prepare.py does by default
 

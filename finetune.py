@@ -6,7 +6,7 @@
     python finetune.py config/demo_finetune.toml
 
 The loss is on the assistant's tokens and the end token after them; of {"prompt", "chosen", "rejected"} it is DPO's
-(papagaio/preference.py). The loop is train.fit. At the end the model is asked the questions of --test_data, which it has
+(papagaio/batches/preferences.py). The loop is train.fit. At the end the model is asked the questions of --test_data, which it has
 never seen.
 """
 
@@ -20,8 +20,10 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
-from papagaio.config import RunOptions, UserError, option, parse, run
-from papagaio.conversations import Report, hold_out, parse_source, read_conversations, read_examples, select
+from papagaio.batches.questions import Report, hold_out, parse_source, read_conversations, read_examples, select
+from papagaio.errors import UserError, run
+from papagaio.options import option, parse
+from papagaio.training.options import RunOptions
 
 # Learning rates are a part of pretraining's, so that what was learnt stays; by the optimizer that the checkpoint was trained
 # with, which goes on, but for adapters, and for preferences. Found on the demo's development questions (LOG.md).
@@ -96,19 +98,21 @@ from dataclasses import asdict, dataclass
 import torch
 
 from model import GPT, GPTConfig
-from papagaio import lora, preference, runtime
-from papagaio.checkpoint import Checkpoint, contents, open_checkpoint, write_checkpoint
-from papagaio.dialogue import Conversation, Preference
-from papagaio.dryrun import dry_run
+from papagaio import runtime
+from papagaio.batches import preferences as preference
+from papagaio.batches.conversations import Conversation, Preference
+from papagaio.batches.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches, fingerprint
+from papagaio.batches.preferences import Pair, PairLoader
+from papagaio.batches.windows import ValidationWindows, WindowLoader, likelihood
+from papagaio.corpus.dataset import Dataset
 from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
-from papagaio.loader import ValidationWindows, WindowLoader, likelihood
-from papagaio.metrics import read_metrics
-from papagaio.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches, fingerprint
-from papagaio.preference import Pair, PairLoader
-from papagaio.runs import owned
-from papagaio.shards import Dataset
+from papagaio.runs.checkpoint import Checkpoint, contents, open_checkpoint, write_checkpoint
+from papagaio.runs.directory import owned
 from papagaio.terminal import colours
 from papagaio.tokenizer import Tokenizer
+from papagaio.training import lora
+from papagaio.training.dry_run import dry_run
+from papagaio.training.metrics import read_metrics
 from train import fit
 
 

@@ -509,15 +509,15 @@ class GPT(nn.Module):
     def _head_loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
         x = x.flatten(0, 1)  # (B T, C)
-        # A head with an adapter is a wider one: its table and x have more columns (papagaio/lora.py).
+        # A head with an adapter is a wider one: its table and x have more columns (papagaio/training/lora.py).
         x, table = self.head.widen(x) if hasattr(self.head, "widen") else (x, self.head_weight)
         return HeadLoss.apply(x, table, targets.flatten(), weights.flatten(), c.vocab_size, c.logit_softcap)
 
     def hidden(self, ids: Tensor, doc_ids: Tensor | None = None, cache: Any = None) -> Tensor:
         """The residual stream (B, T, C) after the last block and its norm, which the head turns into logits.
 
-        Given a cache (papagaio/cache.py), ids come after what it has read; their keys and values are put into it, and count
-        once its `advance` has been called.
+        Given a cache (papagaio/generation/cache.py), ids come after what it has read; their keys and values are put into it,
+        and count once its `advance` has been called.
         """
         T, c = ids.size(1), self.config
         if cache is None and c.block_size < T:

@@ -15,7 +15,9 @@ from typing import Self
 
 from pydantic import model_validator
 
-from papagaio.config import SamplingOptions, UserError, option, parse, run
+from papagaio.errors import UserError, run
+from papagaio.generation.options import SamplingOptions
+from papagaio.options import option, parse
 
 
 class SampleOptions(SamplingOptions):
@@ -58,11 +60,11 @@ from typing import Any
 
 from model import GPT, GPTConfig
 from papagaio import runtime
-from papagaio.checkpoint import open_checkpoint
 from papagaio.files import parse_json
-from papagaio.generate import Request, Step, complete, special_ids
-from papagaio.rows import can_compile, prepare
-from papagaio.streaming import TextStream
+from papagaio.generation.engine import Request, Step, complete, special_ids
+from papagaio.generation.layers import can_compile, prepare
+from papagaio.generation.streaming import TextStream
+from papagaio.runs.checkpoint import open_checkpoint
 from papagaio.terminal import coloured, colours
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 

@@ -3,7 +3,7 @@
     python train.py --data out/data --out_dir out/run
     python train.py config/shakespeare_char.toml --max_steps=500
 
-The options are TrainOptions and, shared with fine-tuning, papagaio/config.py's RunOptions. `fit` is the training loop.
+The options are TrainOptions and, shared with fine-tuning, papagaio/options.py's RunOptions. `fit` is the training loop.
 """
 
 import math
@@ -16,7 +16,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
-from papagaio.config import MachineError, RunOptions, SamplingOptions, UserError, load_toml, option, parse, run
+from papagaio.errors import MachineError, UserError, run
+from papagaio.generation.options import SamplingOptions
+from papagaio.options import load_toml, option, parse
+from papagaio.training.options import RunOptions
 
 # What a preset means for training, where the user says nothing else; what it means for the model stands in model.py.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -86,18 +89,18 @@ import torch
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
-from papagaio.dial import by_budget, by_depth
-from papagaio.dryrun import dry_run, seconds_per_step
+from papagaio.batches.windows import Ahead, Batch, Loader, Objective, ValidationWindows, WindowLoader, likelihood, mix
+from papagaio.corpus.dataset import Dataset
 from papagaio.evaluation import evaluate_loss
-from papagaio.generate import generate
-from papagaio.guard import accepts
-from papagaio.loader import Ahead, Batch, Loader, Objective, ValidationWindows, WindowLoader, likelihood, mix
-from papagaio.metrics import RunLog
-from papagaio.optim import make_optimizers, schedule, set_learning_rate
-from papagaio.runs import open_run, owned
-from papagaio.saver import Saver
-from papagaio.shards import Dataset
+from papagaio.generation.engine import generate
+from papagaio.runs.directory import open_run, owned
+from papagaio.runs.saver import Saver
 from papagaio.tokenizer import Tokenizer
+from papagaio.training.dial import by_budget, by_depth
+from papagaio.training.dry_run import dry_run, seconds_per_step
+from papagaio.training.guard import accepts
+from papagaio.training.metrics import RunLog
+from papagaio.training.optimizers import make_optimizers, schedule, set_learning_rate
 
 
 def main(config: TrainOptions) -> None:
@@ -146,7 +149,7 @@ def training_windows(dataset: Dataset, config: TrainOptions) -> WindowLoader:
 
 
 def turn_the_dial(config: TrainOptions, dataset: Dataset, device: torch.device) -> TrainOptions:
-    """The options with what --depth or --budget leaves open filled in, which is printed with the reasons (papagaio/dial.py).
+    """The options with what --depth or --budget leaves open filled in, printed with the reasons (papagaio/training/dial.py).
 
     A run that is resumed keeps what was chosen when it began. Raises UserError where the choices do not fit together.
     """

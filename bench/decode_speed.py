@@ -25,10 +25,12 @@ from train_speed import load
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
-from papagaio.checkpoint import open_checkpoint
-from papagaio.config import Options, SamplingOptions, option, parse, run
-from papagaio.generate import Request, complete
-from papagaio.rows import prepare
+from papagaio.errors import run
+from papagaio.generation.engine import Request, complete
+from papagaio.generation.layers import prepare
+from papagaio.generation.options import SamplingOptions
+from papagaio.options import Options, option, parse
+from papagaio.runs.checkpoint import open_checkpoint
 
 
 class DecodeSpeedOptions(Options):

@@ -29,12 +29,13 @@ import torch
 from finetune import RECIPES, FinetuneOptions, restricted
 from model import GPT, GPTConfig
 from papagaio import runtime
-from papagaio.checkpoint import open_checkpoint
-from papagaio.config import Options, option, parse, run
-from papagaio.conversations import Report, read_conversations
-from papagaio.loader import Batch
-from papagaio.optim import make_optimizers
-from papagaio.packing import Example, Mixture, arrange, collate, encode, supervised_weight
+from papagaio.batches.packing import Example, Mixture, arrange, collate, encode, supervised_weight
+from papagaio.batches.questions import Report, read_conversations
+from papagaio.batches.windows import Batch
+from papagaio.errors import run
+from papagaio.options import Options, option, parse
+from papagaio.runs.checkpoint import open_checkpoint
+from papagaio.training.optimizers import make_optimizers
 
 SIDES = ("packed", "padded, context", "padded, batch", "padded, sorted", "packed, LoRA")
 

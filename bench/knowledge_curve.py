@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from papagaio.config import Options, UserError, option, parse, run
+from papagaio.errors import UserError, run
+from papagaio.options import Options, option, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 ATLAS = ROOT / "out" / "atlas"

@@ -22,8 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import prepare
-from papagaio.config import Options, UserError, option, parse, run
-from papagaio.shards import Dataset
+from papagaio.corpus.dataset import Dataset
+from papagaio.errors import UserError, run
+from papagaio.options import Options, option, parse
 from papagaio.tokenizer import GPT4_PATTERN, gpt2_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +132,7 @@ def training(config: PrepareSpeedOptions, texts: list[str], folder: Path) -> lis
 def loading(config: PrepareSpeedOptions, folder: Path) -> list[dict[str, Any]]:
     import torch
 
-    from papagaio.loader import WindowLoader
+    from papagaio.batches.windows import WindowLoader
 
     torch.set_num_threads(1)
     dataset = Dataset(folder / "gpt2")

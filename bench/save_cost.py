@@ -23,11 +23,11 @@ import torch
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
-from papagaio.config import RunOptions
-from papagaio.metrics import RunLog
-from papagaio.optim import make_optimizers
-from papagaio.saver import Saver
+from papagaio.runs.saver import Saver
 from papagaio.tokenizer import ByteTokenizer
+from papagaio.training.metrics import RunLog
+from papagaio.training.optimizers import make_optimizers
+from papagaio.training.options import RunOptions
 
 
 def main() -> None:

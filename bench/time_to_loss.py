@@ -29,10 +29,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from papagaio.config import Options, UserError, option, parse, run
-from papagaio.metrics import read_metrics
-from papagaio.shards import Dataset
+from papagaio.corpus.dataset import Dataset
+from papagaio.errors import UserError, run
+from papagaio.options import Options, option, parse
 from papagaio.tokenizer import END_OF_TEXT
+from papagaio.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_RECIPE = (

@@ -30,10 +30,12 @@ import torch
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
-from papagaio.config import Options, RunOptions, UserError, option, parse, run
-from papagaio.loader import Ahead, WindowLoader
-from papagaio.optim import make_optimizers
-from papagaio.shards import Dataset
+from papagaio.batches.windows import Ahead, WindowLoader
+from papagaio.corpus.dataset import Dataset
+from papagaio.errors import UserError, run
+from papagaio.options import Options, option, parse
+from papagaio.training.optimizers import make_optimizers
+from papagaio.training.options import RunOptions
 from train import RECIPES
 
 

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from papagaio.config import Options, UserError, option, parse, run
+from papagaio.errors import UserError, run
+from papagaio.options import Options, option, parse
 
 TURNS = 20  # in a turn every fact is told alone, beside facts of its entity, and in a list of facts of its relation
 ARTICLE = 4, 6  # fewest and most facts of an article

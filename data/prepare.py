@@ -31,12 +31,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import model_validator
 
-from papagaio.config import MachineError, UserError, option, parse, run
-from papagaio.corpus import LEAF_BYTES, ReadingOptions, Span, list_spans, read
+from papagaio.corpus.dataset import Dataset, token_dtype
+from papagaio.corpus.inspection import comparison, inspection, summary
+from papagaio.corpus.pieces import Digest, Documents, Fate, Pieces, PieceWriter, assemble, piece_paths
+from papagaio.corpus.reading import LEAF_BYTES, ReadingOptions, Span, list_spans, read
+from papagaio.corpus.workers import in_parallel
+from papagaio.errors import MachineError, UserError, run
 from papagaio.files import parse_json, sealed, write_whole
-from papagaio.inspection import comparison, inspection, summary
-from papagaio.pieces import Digest, Documents, Fate, Pieces, PieceWriter, assemble, piece_paths
-from papagaio.shards import Dataset, token_dtype
+from papagaio.options import option, parse
 from papagaio.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -48,7 +50,6 @@ from papagaio.tokenizer import (
     stretches,
     train_bpe,
 )
-from papagaio.workers import in_parallel
 
 Task = list[Span]
 

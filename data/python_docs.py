@@ -33,7 +33,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from papagaio.config import MachineError, Options, UserError, option, parse, run
+from papagaio.errors import MachineError, UserError, run
+from papagaio.options import Options, option, parse
 
 # Tests, other people's packages, and what describes the machine on which this Python was built.
 SKIPPED = re.compile(r"tests?|idle_test|(site|dist)-packages|__pycache__|config-.*|_sysconfigdata.*")

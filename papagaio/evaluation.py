@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from papagaio.config import located
-from papagaio.conversations import Choice
-from papagaio.dialogue import Conversation, Message, render_prompt
-from papagaio.generate import greedy_batch
-from papagaio.loader import Batch, pad_windows
-from papagaio.packing import Example, collate
+from papagaio.batches.conversations import Conversation, Message, render_prompt
+from papagaio.batches.packing import Example, collate
+from papagaio.batches.questions import Choice
+from papagaio.batches.windows import Batch, pad_windows
+from papagaio.errors import located
+from papagaio.generation.engine import greedy_batch
 from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
 

@@ -13,7 +13,7 @@ from typing import IO, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from papagaio.config import UserError
+from papagaio.errors import UserError
 
 LARGEST_JSON = 2**24  # bytes of a file that is read as a whole; the manifest of a dataset of 10**13 tokens has as many
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")

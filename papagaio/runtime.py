@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from papagaio.config import STOP_SIGNALS, UserError
+from papagaio.errors import STOP_SIGNALS, UserError
 
 # Peak of dense bfloat16 matrix products in FLOP/s, from the makers' data sheets (without sparsity), by a part of the name
 # that torch.cuda.get_device_name gives. First match wins: the longer name stands first.

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from papagaio.config import MachineError, UserError
+from papagaio.errors import MachineError, UserError
 from papagaio.files import read_object, read_text, to_json
 
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (

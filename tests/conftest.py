@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from papagaio.config import RunOptions, parse, run
-from papagaio.optim import make_optimizers
-from papagaio.shards import SPLITS, Dataset, ShardWriter, token_dtype
+from papagaio.corpus.dataset import SPLITS, Dataset, ShardWriter, token_dtype
+from papagaio.errors import run
+from papagaio.options import parse
 from papagaio.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, save_tokenizer
+from papagaio.training.optimizers import make_optimizers
+from papagaio.training.options import RunOptions
 
 ROOT = Path(__file__).parents[1]
 Script = Callable[..., subprocess.CompletedProcess]

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from papagaio.config import UserError
+from papagaio.errors import UserError
 
 PARTS = ("train", "dev", "test", "left_out")
 Row = dict[str, str]

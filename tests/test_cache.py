@@ -10,11 +10,11 @@ from test_model import hugging_face_gpt2, hugging_face_nanochat, random_ids, ran
 from torch import nn
 
 from model import GPT, PRESETS
-from papagaio import generate as generation
-from papagaio.cache import Cache
-from papagaio.config import SamplingOptions
-from papagaio.generate import Request, complete, generate, greedy_batch
-from papagaio.rows import Int8Linear, RowLinear, prepare
+from papagaio.generation import engine as generation
+from papagaio.generation.cache import Cache
+from papagaio.generation.engine import Request, complete, generate, greedy_batch
+from papagaio.generation.layers import Int8Linear, RowLinear, prepare
+from papagaio.generation.options import SamplingOptions
 
 VARIANTS = {
     "modern": {},

@@ -1,4 +1,4 @@
-"""papagaio/config.py: where options come from, and what is said about wrong ones."""
+"""papagaio/options.py: where options come from, and what is said about wrong ones."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papagaio.config import MachineError, Options, RunOptions, UserError, option, parse, read_options, run
+from papagaio.errors import MachineError, UserError, run
+from papagaio.options import Options, option, parse, read_options
+from papagaio.training.options import RunOptions
 
 
 class Sample(Options):

@@ -1,4 +1,4 @@
-"""papagaio/conversations.py: files of every kind read, wrong rows named by file and line."""
+"""papagaio/batches/questions.py: files of every kind read, wrong rows named by file and line."""
 
 import gzip
 import json
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papagaio.config import UserError
-from papagaio.conversations import (
+from papagaio.batches.conversations import Conversation
+from papagaio.batches.questions import (
     Report,
     hold_out,
     parse_source,
@@ -20,7 +20,7 @@ from papagaio.conversations import (
     read_examples,
     select,
 )
-from papagaio.dialogue import Conversation
+from papagaio.errors import UserError
 
 Said = list[list[tuple[str, str]]]
 PLAIN = [("user", "q"), ("assistant", "a")]

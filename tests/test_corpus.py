@@ -14,10 +14,11 @@ from backports import zstd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from papagaio import corpus, textfiles
-from papagaio.config import UserError
-from papagaio.corpus import ReadingOptions, list_spans, read
-from papagaio.tables import long_json
+from papagaio.corpus import reading as corpus
+from papagaio.corpus import text as textfiles
+from papagaio.corpus.reading import ReadingOptions, list_spans, read
+from papagaio.corpus.tables import long_json
+from papagaio.errors import UserError
 
 TEXTS = [f"document {i}, naïve 🦜\n\n" * (1 + i % 3) for i in range(40)]
 

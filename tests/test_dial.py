@@ -1,4 +1,4 @@
-"""One dial: papagaio/dial.py by its rules, and train.py's --depth, --budget and --dry_run as a user turns them."""
+"""One dial: papagaio/training/dial.py by its rules, and train.py's --depth, --budget and --dry_run as a user turns them."""
 
 import math
 import re
@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import GPT, PRESETS, GPTConfig
-from papagaio.config import RunOptions, UserError
-from papagaio.dial import MAX_EPOCHS, batch_tokens, by_budget, by_depth, matrix_weights, shape
-from papagaio.dryrun import memory_parts
-from papagaio.loader import Batch
+from papagaio.batches.windows import Batch
+from papagaio.errors import UserError
+from papagaio.training.dial import MAX_EPOCHS, batch_tokens, by_budget, by_depth, matrix_weights, shape
+from papagaio.training.dry_run import memory_parts
+from papagaio.training.options import RunOptions
 
 
 @given(

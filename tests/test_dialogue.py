@@ -1,4 +1,4 @@
-"""papagaio/dialogue.py: the template, its mask, and what user text can never become."""
+"""papagaio/batches/conversations.py: the template, its mask, and what user text can never become."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papagaio.dialogue import Message, render, render_prompt
+from papagaio.batches.conversations import Message, render, render_prompt
 from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer, Tokenizer, train_bpe
 
 BYTES = ByteTokenizer()

@@ -14,9 +14,9 @@ from conftest import NAMES, ROOT, Call, Script
 from safetensors import safe_open
 
 from model import GPT, GPTConfig
-from papagaio.checkpoint import open_checkpoint
 from papagaio.files import file_sha256
-from papagaio.metrics import read_metrics
+from papagaio.runs.checkpoint import open_checkpoint
+from papagaio.training.metrics import read_metrics
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--sample_tokens=0"]
 

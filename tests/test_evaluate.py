@@ -10,8 +10,10 @@ import torch
 from conftest import Call, documents, make_dataset
 
 from model import GPT, GPTConfig
-from papagaio.conversations import Choice
-from papagaio.dialogue import Conversation
+from papagaio.batches.conversations import Conversation
+from papagaio.batches.questions import Choice
+from papagaio.batches.windows import ValidationWindows
+from papagaio.corpus.dataset import Dataset
 from papagaio.evaluation import (
     Answer,
     answer_nats,
@@ -23,8 +25,6 @@ from papagaio.evaluation import (
     text_batches,
     words,
 )
-from papagaio.loader import ValidationWindows
-from papagaio.shards import Dataset
 from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer
 
 BYTES = ByteTokenizer()

@@ -9,15 +9,16 @@ import torch
 from conftest import make_dataset, trained
 
 from model import GPT, GPTConfig
-from papagaio.checkpoint import contents, open_checkpoint, prune, steps_saved, write_checkpoint
-from papagaio.config import RunOptions, UserError
-from papagaio.dialogue import Conversation, render_prompt
+from papagaio.batches.conversations import Conversation, render_prompt
+from papagaio.batches.windows import ValidationWindows
+from papagaio.errors import UserError
 from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
-from papagaio.loader import ValidationWindows
-from papagaio.metrics import RunLog, read_metrics
-from papagaio.optim import make_optimizers
-from papagaio.plots import plot_losses
+from papagaio.runs.checkpoint import contents, open_checkpoint, prune, steps_saved, write_checkpoint
 from papagaio.tokenizer import ByteTokenizer
+from papagaio.training.metrics import RunLog, read_metrics
+from papagaio.training.optimizers import make_optimizers
+from papagaio.training.options import RunOptions
+from papagaio.training.plots import plot_losses
 
 BYTES = ByteTokenizer()
 

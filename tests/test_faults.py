@@ -33,15 +33,15 @@ from conftest import Call, make_dataset
 import train
 from finetune import FinetuneOptions
 from model import GPT, GPTConfig
-from papagaio import saver
-from papagaio.checkpoint import open_checkpoint, steps_saved
-from papagaio.config import RunOptions
 from papagaio.files import file_sha256
-from papagaio.guard import WINDOW
-from papagaio.metrics import TOLD, RunLog, read_metrics
-from papagaio.runs import ELSEWHERE, MAY_CHANGE, NO_PART, newest
-from papagaio.saver import Saver
+from papagaio.runs import saver
+from papagaio.runs.checkpoint import open_checkpoint, steps_saved
+from papagaio.runs.directory import ELSEWHERE, MAY_CHANGE, NO_PART, newest
+from papagaio.runs.saver import Saver
 from papagaio.tokenizer import load_tokenizer
+from papagaio.training.guard import WINDOW
+from papagaio.training.metrics import TOLD, RunLog, read_metrics
+from papagaio.training.options import RunOptions
 from train import TrainOptions
 
 CLOCKS = ("elapsed_seconds", "tokens_per_second")

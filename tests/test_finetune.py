@@ -10,9 +10,9 @@ import torch
 from conftest import COLOURS, NAMES, Call
 from safetensors.torch import load_file
 
-from papagaio.checkpoint import open_checkpoint
 from papagaio.files import file_sha256
-from papagaio.metrics import RunLog, read_metrics
+from papagaio.runs.checkpoint import open_checkpoint
+from papagaio.training.metrics import RunLog, read_metrics
 
 
 def tune(world: Path, out: Path, *more: object) -> list[object]:

@@ -1,4 +1,4 @@
-"""papagaio/generate.py: each filter against its definition, streaming of text, batches against single rows."""
+"""papagaio/generation/engine.py: each filter against its definition, streaming of text, batches against single rows."""
 
 import math
 
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from papagaio.config import MachineError, SamplingOptions, UserError
-from papagaio.generate import Request, complete, generate, greedy_batch
-from papagaio.sampling import (
+from papagaio.errors import MachineError, UserError
+from papagaio.generation.engine import Request, complete, generate, greedy_batch
+from papagaio.generation.options import SamplingOptions
+from papagaio.generation.sampling import (
     add_bias,
     ban,
     draw,
@@ -24,7 +25,7 @@ from papagaio.sampling import (
     penalize_frequency,
     penalize_repetition,
 )
-from papagaio.streaming import TextStream
+from papagaio.generation.streaming import TextStream
 from papagaio.tokenizer import ByteTokenizer
 
 LOGITS = st.lists(st.floats(-20, 20), min_size=1, max_size=12, unique=True).map(lambda row: torch.tensor([row]))

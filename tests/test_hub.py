@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, documents
 
-from papagaio.shards import Dataset
+from papagaio.corpus.dataset import Dataset
 
 pytest.importorskip("datasets")
 TEXTS = {

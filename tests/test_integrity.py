@@ -23,14 +23,15 @@ from safetensors.torch import load_file, save_file
 
 from data import prepare
 from model import GPT, GPTConfig
-from papagaio.checkpoint import Checkpoint, contents, open_checkpoint, write_checkpoint
-from papagaio.config import MachineError, RunOptions, UserError
+from papagaio.corpus.dataset import SPLITS, Dataset
+from papagaio.corpus.pieces import read_index
+from papagaio.errors import MachineError, UserError
 from papagaio.files import file_sha256, sealed
-from papagaio.lora import add_adapters
-from papagaio.optim import make_optimizers
-from papagaio.pieces import read_index
-from papagaio.shards import SPLITS, Dataset
+from papagaio.runs.checkpoint import Checkpoint, contents, open_checkpoint, write_checkpoint
 from papagaio.tokenizer import Tokenizer, load_tokenizer
+from papagaio.training.lora import add_adapters
+from papagaio.training.optimizers import make_optimizers
+from papagaio.training.options import RunOptions
 
 CPU = torch.device("cpu")
 BASE, ADAPTED = Path("base/checkpoints/step-1"), Path("lora/checkpoints/step-1")

@@ -28,15 +28,15 @@ import sample
 from data import prepare
 from model import GPT, GPTConfig
 from papagaio import evaluation
-from papagaio.checkpoint import contents, write_checkpoint
-from papagaio.conversations import Report, read_examples
-from papagaio.corpus import list_spans, read
-from papagaio.dialogue import Conversation, Message, render, render_prompt
-from papagaio.generate import Request, Step, Token
-from papagaio.packing import encode
-from papagaio.preference import encode_pairs
-from papagaio.shards import SPLITS, Dataset
-from papagaio.streaming import TextStream
+from papagaio.batches.conversations import Conversation, Message, render, render_prompt
+from papagaio.batches.packing import encode
+from papagaio.batches.preferences import encode_pairs
+from papagaio.batches.questions import Report, read_examples
+from papagaio.corpus.dataset import SPLITS, Dataset
+from papagaio.corpus.reading import list_spans, read
+from papagaio.generation.engine import Request, Step, Token
+from papagaio.generation.streaming import TextStream
+from papagaio.runs.checkpoint import contents, write_checkpoint
 from papagaio.tokenizer import (
     ASSISTANT,
     END,

@@ -1,4 +1,4 @@
-"""papagaio/loader.py: every window once an epoch, the same ones for the same seed and step, validation without gaps."""
+"""papagaio/batches/windows.py: every window once an epoch, the same ones for the same seed and step, validation without gaps."""
 
 import itertools
 from pathlib import Path
@@ -10,8 +10,8 @@ from conftest import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papagaio.config import UserError
-from papagaio.loader import Ahead, Batch, ValidationWindows, WindowLoader, mix, permute
+from papagaio.batches.windows import Ahead, Batch, ValidationWindows, WindowLoader, mix, permute
+from papagaio.errors import UserError
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 10**6))

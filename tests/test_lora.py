@@ -1,4 +1,4 @@
-"""papagaio/lora.py: adapters against PEFT's, saved alone, merged, refused on another base."""
+"""papagaio/training/lora.py: adapters against PEFT's, saved alone, merged, refused on another base."""
 
 import dataclasses
 import json
@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from model import GPT, PRESETS, GPTConfig
-from papagaio.checkpoint import contents, open_checkpoint, write_checkpoint
-from papagaio.config import RunOptions, UserError
-from papagaio.lora import TARGETS, LoRALinear, adapter_state, adapters, add_adapters, merged
-from papagaio.optim import make_optimizers
+from papagaio.errors import UserError
+from papagaio.runs.checkpoint import contents, open_checkpoint, write_checkpoint
 from papagaio.tokenizer import ByteTokenizer
+from papagaio.training.lora import TARGETS, LoRALinear, adapter_state, adapters, add_adapters, merged
+from papagaio.training.optimizers import make_optimizers
+from papagaio.training.options import RunOptions
 
 BYTES = ByteTokenizer()
 IDS = torch.arange(48).view(2, 24)

@@ -1,4 +1,4 @@
-"""papagaio/optim.py against torch's own optimizers, linear algebra, and the schedules' definitions."""
+"""papagaio/training/optimizers.py against torch's own optimizers, linear algebra, and the schedules' definitions."""
 
 import math
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model import GPT, PRESETS, GPTConfig
-from papagaio import optim
-from papagaio.config import RunOptions
-from papagaio.optim import Muon, make_optimizers, orthogonalize, schedule, set_learning_rate
+from papagaio.training import optimizers as optim
+from papagaio.training.optimizers import Muon, make_optimizers, orthogonalize, schedule, set_learning_rate
+from papagaio.training.options import RunOptions
 
 
 def options(**values: object) -> RunOptions:

@@ -1,4 +1,4 @@
-"""papagaio/packing.py: conversations packed into rows have the loss and the gradients that they have one by one."""
+"""papagaio/batches/packing.py: conversations packed into rows have the loss and the gradients that they have one by one."""
 
 from collections import Counter
 
@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import GPT, PRESETS, GPTConfig
-from papagaio.conversations import Report
-from papagaio.dialogue import Conversation, render
-from papagaio.loader import Batch, WindowLoader
-from papagaio.packing import ConversationLoader, Example, Mixture, collate, encode, evaluation_batches, pack
+from papagaio.batches.conversations import Conversation, render
+from papagaio.batches.packing import ConversationLoader, Example, Mixture, collate, encode, evaluation_batches, pack
+from papagaio.batches.questions import Report
+from papagaio.batches.windows import Batch, WindowLoader
 from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer
 
 BYTES = ByteTokenizer()

@@ -1,4 +1,4 @@
-"""papagaio/preference.py: DPO against its formula, and that it moves the margin."""
+"""papagaio/batches/preferences.py: DPO against its formula, and that it moves the margin."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from papagaio import preference
-from papagaio.conversations import Report
-from papagaio.dialogue import Message, Preference, render
-from papagaio.packing import Mixture
+from papagaio.batches import preferences as preference
+from papagaio.batches.conversations import Message, Preference, render
+from papagaio.batches.packing import Mixture
+from papagaio.batches.questions import Report
 from papagaio.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()

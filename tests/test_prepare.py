@@ -20,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prepare
-from papagaio import corpus, pieces, textfiles
-from papagaio.config import MachineError, UserError
+from papagaio.corpus import pieces
+from papagaio.corpus import reading as corpus
+from papagaio.corpus import text as textfiles
+from papagaio.corpus.dataset import Dataset, ShardWriter, share
+from papagaio.corpus.inspection import inspection
+from papagaio.corpus.pieces import Documents, Fate
+from papagaio.errors import MachineError, UserError
 from papagaio.files import file_sha256
-from papagaio.inspection import inspection
-from papagaio.pieces import Documents, Fate
-from papagaio.shards import Dataset, ShardWriter, share
 from papagaio.tokenizer import CharTokenizer, load_tokenizer
 
 GPT2 = ROOT.parent / "shared" / "data" / "gpt2.tiktoken"

@@ -109,7 +109,7 @@ def test_a_base_model_completes_in_chat(world: Path, ask: Ask) -> None:
 
 def test_the_commands_of_a_conversation(world: Path, ask: Ask, tmp_path: Path) -> None:
     import chat
-    from papagaio.config import UserError
+    from papagaio.errors import UserError
 
     question, saved = f"What is the flag of {NAMES[21]}?", tmp_path / "saved.jsonl"
     out, _ = ask("chat", "--checkpoint", world / "chat", stdin=f"{question}\n/retry\n/save {saved}\n/reset\n{question}\n")

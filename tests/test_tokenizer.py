@@ -10,7 +10,7 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from papagaio.config import MachineError, UserError
+from papagaio.errors import MachineError, UserError
 from papagaio.tokenizer import (
     GPT2_PATTERN,
     GPT4_PATTERN,

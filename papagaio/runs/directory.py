@@ -15,12 +15,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from papagaio.checkpoint import Checkpoint, contents, discard, open_checkpoint, steps_saved
-from papagaio.config import MachineError, RunOptions, UserError
+from papagaio.errors import MachineError, UserError
 from papagaio.files import write_whole
-from papagaio.metrics import read_metrics
-from papagaio.optim import moment_bytes
+from papagaio.runs.checkpoint import Checkpoint, contents, discard, open_checkpoint, steps_saved
 from papagaio.tokenizer import Tokenizer
+from papagaio.training.metrics import read_metrics
+from papagaio.training.optimizers import moment_bytes
+from papagaio.training.options import RunOptions
 
 OURS = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged")
 # What a resumed run may change, besides where its files stand: none of it makes it a run of other data, or of another model.

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from papagaio.config import Options, UserError, option
+from papagaio.corpus.text import Fragment, cut, decoded, document_boundary, record_boundary, trimmed, whole
+from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, refuse_pickle
-from papagaio.textfiles import Fragment, cut, decoded, document_boundary, record_boundary, trimmed, whole
+from papagaio.options import Options, option
 
 LEAF_BYTES = 2**20  # of a large text that is one document: hashed by themselves, encoded by one worker
 MAX_SPANS = 2**14  # spans grow with the corpus, to 64 MiB, so that there are not too many of them
@@ -66,7 +67,7 @@ def list_spans(inputs: tuple[str, ...], config: ReadingOptions) -> list[Span]:
     spans: list[Span] = []
     for name in inputs:
         if name.startswith("hf://"):
-            from papagaio.tables import hub_spans
+            from papagaio.corpus.tables import hub_spans
 
             spans += hub_spans(name)
         else:
@@ -107,7 +108,7 @@ def split_file(path: str, span_bytes: int, config: ReadingOptions) -> list[Span]
     if kind == "auto":
         kind = "jsonl" if stem.endswith((".jsonl", ".ndjson")) else "parquet" if stem.endswith(".parquet") else "text"
     if kind == "parquet":
-        from papagaio.tables import parquet_spans
+        from papagaio.corpus.tables import parquet_spans
 
         return [Span(path, kind, start, stop, n_bytes) for start, stop, n_bytes in parquet_spans(path, span_bytes)]
     as_it_is = codecs.lookup(config.encoding).name == "utf-8" and config.errors == "strict"
@@ -146,7 +147,7 @@ def inside_document(span: Span, config: ReadingOptions) -> bool:
 
 def read(span: Span, config: ReadingOptions) -> Iterator[Fragment]:
     """The documents of a span, in fragments. Raises UserError naming the file and the line (or row) at fault."""
-    from papagaio import tables
+    from papagaio.corpus import tables
 
     if span.kind == "parquet":
         return tables.read_parquet(span.path, span.start, span.stop, config)

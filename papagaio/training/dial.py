@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from papagaio.config import UserError
+from papagaio.errors import UserError
 
 HEAD_SIZE = 64  # channels of a head; the width grows with the depth by one head a block, as in nanochat
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from papagaio import runtime
-from papagaio.config import RunOptions, UserError
-from papagaio.loader import Batch, Loader
-from papagaio.optim import make_optimizers, moment_bytes
+from papagaio.batches.windows import Batch, Loader
+from papagaio.errors import UserError
+from papagaio.training.optimizers import make_optimizers, moment_bytes
+from papagaio.training.options import RunOptions
 
 
 def largest_micro_batch(batches: list[Batch], size: int) -> Batch:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from papagaio.config import MachineError, UserError
+from papagaio.corpus.text import BLOCK_BYTES, Fragment, line_of
+from papagaio.errors import MachineError, UserError
 from papagaio.files import parse_json
-from papagaio.textfiles import BLOCK_BYTES, Fragment, line_of
 
 if TYPE_CHECKING:
-    from papagaio.corpus import ReadingOptions, Span
+    from papagaio.corpus.reading import ReadingOptions, Span
 
 
 def read_json_lines(lines: Iterable[Fragment], path: str, start: int, config: "ReadingOptions") -> Iterator[Fragment]:
@@ -197,7 +197,7 @@ def hub_dataset(name: str) -> Any:
 
 
 def hub_spans(name: str) -> list["Span"]:
-    from papagaio.corpus import Span
+    from papagaio.corpus.reading import Span
 
     return [Span(name, "hub", i, i + 1, 0) for i in range(hub_dataset(name).num_shards)]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
-from papagaio.config import UserError
+from papagaio.errors import UserError
 from papagaio.tokenizer import stretches
 
 BLOCK_BYTES = 2**20  # read at a time

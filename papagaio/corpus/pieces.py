@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from papagaio.config import UserError
-from papagaio.corpus import LEAF_BYTES, ReadingOptions, Span, inside_document, leaves, read
+from papagaio.corpus.dataset import SPLITS, ShardWriter, token_dtype
+from papagaio.corpus.reading import LEAF_BYTES, ReadingOptions, Span, inside_document, leaves, read
+from papagaio.corpus.text import blocks_of
+from papagaio.errors import UserError
 from papagaio.files import sync_and_close
-from papagaio.shards import SPLITS, ShardWriter, token_dtype
-from papagaio.textfiles import blocks_of
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer, stretches
 
 INDEX = np.dtype([("digest", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("first", "?"), ("last", "?")])

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from papagaio.config import MachineError
+from papagaio.errors import MachineError
 
 Job = tuple[Callable[..., Any], *tuple[Any, ...]]  # a function and its arguments
 

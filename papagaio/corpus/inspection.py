@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from papagaio.shards import SPLITS, Dataset
+from papagaio.corpus.dataset import SPLITS, Dataset
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 
 COMPARED = 2**22  # held-out tokens on which tokenizers are compared

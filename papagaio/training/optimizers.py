@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from papagaio.config import RunOptions
 from papagaio.runtime import computes_bfloat16
+from papagaio.training.options import RunOptions
 
 # Each step's polynomial is the best there is for the singular values that the one before leaves (Polar Express, Amsel et al.
 # 2025, arXiv:2505.16932), here for three steps and values from 0.01 on, which end between 0.72 and 1.27. As published, with a

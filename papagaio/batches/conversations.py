@@ -5,7 +5,7 @@
 <|endoftext|><|user|>What is the currency of Brazil?<|end|><|assistant|>Brazilian real.<|end|>
                                                                        ^^^^^^^^^^^^^^^^^^^^^^^ learnt: answer and its end
 
-The files they come from are read in papagaio/conversations.py.
+The files they come from are read in papagaio/batches/questions.py.
 """
 
 from collections.abc import Sequence

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from papagaio.conversations import Report
-from papagaio.dialogue import Conversation, Preference
-from papagaio.loader import Batch, WindowLoader
-from papagaio.packing import Example, Mixture, TooLong, collate, encode, fingerprint, replayed, taken_from
+from papagaio.batches.conversations import Conversation, Preference
+from papagaio.batches.packing import Example, Mixture, TooLong, collate, encode, fingerprint, replayed, taken_from
+from papagaio.batches.questions import Report
+from papagaio.batches.windows import Batch, WindowLoader
 from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import Tokenizer
 

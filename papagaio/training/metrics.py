@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from papagaio.config import RunOptions
+from papagaio.training.options import RunOptions
 
 
 class RunLog:

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from papagaio.config import UserError
-from papagaio.dialogue import Conversation, Preference
+from papagaio.batches.conversations import Conversation, Preference
+from papagaio.corpus.dataset import share
+from papagaio.corpus.tables import open_parquet
+from papagaio.corpus.text import blocks_of
+from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, parse_json, refuse_pickle
-from papagaio.shards import share
-from papagaio.tables import open_parquet
-from papagaio.textfiles import blocks_of
 
 Said = TypeVar("Said", Conversation, Preference)
 Row = TypeVar("Row", bound=BaseModel)

@@ -16,8 +16,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
-from papagaio.config import UserError
-from papagaio.shards import Dataset
+from papagaio.corpus.dataset import Dataset
+from papagaio.errors import UserError
 from papagaio.tokenizer import END_OF_TEXT
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from papagaio.config import UserError
+from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, FileName, Manifest, Sha256, file_sha256, read_manifest, refuse_pickle, sync_and_close
 from papagaio.tokenizer import Tokenizer, load_tokenizer
 

@@ -3,7 +3,7 @@
 run/checkpoints/step-1000/   model.safetensors, model.json, optimizer.safetensors, state.json, tokenizer/, manifest.json
 run/checkpoints/last, best   small text files with the name of one of them
 
-Of a run with adapters (papagaio/lora.py) a checkpoint holds adapter_model.safetensors and adapter_config.json in place of
+With adapters (training/lora.py), a checkpoint holds adapter_model.safetensors and adapter_config.json in place of
 model.safetensors, and its state names the base that they belong to by its sha256.
 """
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from papagaio.config import MachineError, UserError, load_toml
+from papagaio.errors import MachineError, UserError
 from papagaio.files import (
     SAVE_TENSORS,
     FileName,
@@ -35,9 +35,10 @@ from papagaio.files import (
     to_json,
     write_whole,
 )
-from papagaio.lora import adapter_state, adapters, expected, load_adapters, merged
-from papagaio.optim import expected_state
+from papagaio.options import load_toml
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from papagaio.training.lora import adapter_state, adapters, expected, load_adapters, merged
+from papagaio.training.optimizers import expected_state
 
 
 class Contents(NamedTuple):

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from papagaio.cache import Cache
-from papagaio.config import MachineError, SamplingOptions, UserError
-from papagaio.sampling import add_bias, ban, draw, filtered, force, penalize_frequency, penalize_repetition
-from papagaio.streaming import TextStream
+from papagaio.errors import MachineError, UserError
+from papagaio.generation.cache import Cache
+from papagaio.generation.options import SamplingOptions
+from papagaio.generation.sampling import add_bias, ban, draw, filtered, force, penalize_frequency, penalize_repetition
+from papagaio.generation.streaming import TextStream
 from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
 
 CHUNK = 2048  # tokens of all rows that are read at a time

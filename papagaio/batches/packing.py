@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from papagaio.config import located
-from papagaio.conversations import Report
-from papagaio.dialogue import Conversation, Taught, render
-from papagaio.loader import Batch, WindowLoader, mix, permute
+from papagaio.batches.conversations import Conversation, Taught, render
+from papagaio.batches.questions import Report
+from papagaio.batches.windows import Batch, WindowLoader, mix, permute
+from papagaio.errors import located
 from papagaio.tokenizer import Tokenizer
 
 TooLong = Literal["drop", "truncate"]

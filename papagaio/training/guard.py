@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from papagaio.config import MachineError, RunOptions
+from papagaio.errors import MachineError
+from papagaio.training.options import RunOptions
 
 WINDOW = 128  # steps whose losses tell what is usual
 SIGMAS = 6.0  # standard deviations above their mean that are not

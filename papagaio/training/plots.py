@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from papagaio.metrics import read_metrics
+from papagaio.training.metrics import read_metrics
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:

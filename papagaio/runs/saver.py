@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from papagaio import runtime
-from papagaio.checkpoint import Contents, contents, prune, write_checkpoint
-from papagaio.config import MachineError, RunOptions
+from papagaio.errors import MachineError
 from papagaio.files import write_whole
-from papagaio.metrics import RunLog
-from papagaio.plots import plot_losses
+from papagaio.runs.checkpoint import Contents, contents, prune, write_checkpoint
 from papagaio.tokenizer import Tokenizer
+from papagaio.training.metrics import RunLog
+from papagaio.training.options import RunOptions
+from papagaio.training.plots import plot_losses
 
 
 class Saver:
