@@ -1,15 +1,15 @@
-"""Measure a model, or several side by side: bits per byte of any text, answers to questions, multiple choice.
+"""Measure one model or several side by side: bits per byte of any text, answers to questions, multiple choice.
 
     python evaluate.py --checkpoint out/run --text my_texts/ out/mine
     python evaluate.py --checkpoint out/run out/chat --questions qa_test.jsonl --shots_data qa_train.jsonl --json result.json
     python evaluate.py --checkpoint out/chat --choices quiz.jsonl --show 5
 
-A chat model is asked as in a chat. A base model is shown --shots questions with their answers, a line each, and the question;
-its answer is the next line. Standard output carries the table, a column a checkpoint.
+A chat model is asked as in a chat. A base model is shown --shots questions with their answers, one per line, and the question;
+its answer is the next line. Standard output carries a table with one column per checkpoint.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,23 +22,23 @@ from papagaio.options import Options, option, parse
 class EvaluateOptions(Options):
     """Options of evaluate.py."""
 
-    checkpoint: tuple[Path, ...] = option(..., "runs or checkpoint directories, a column of the table each", min_length=1)
-    base: Path | None = option(None, "the checkpoint that adapters (LoRA) belong to, where it has moved since")
+    checkpoint: tuple[Path, ...] = option(..., "runs or checkpoint directories, one column each", group="Model", min_length=1)
+    base: Path | None = option(None, "the checkpoint that adapters (LoRA) were trained for, if it has moved since", group="Model")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Model", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of matrix products, as in train.py", group="Model")
+    batch_size: int = option(64, "questions, or windows of text, of one forward pass", group="Model", ge=1)
     text: tuple[str, ...] = option(
-        (), "bits per byte of these: texts as data/prepare.py reads them, or a dataset's held-out split"
+        (), "bits per byte of these: texts as data/prepare.py reads them, or a dataset's validation split", group="Measures"
     )
-    questions: tuple[Path, ...] = option((), "questions with answers, in the shapes that finetune.py learns from")
-    choices: tuple[Path, ...] = option((), 'multiple choice: {"question", "choices", "answer"}')
-    shots_data: Path | None = option(None, "questions with answers that a base model is shown before each question")
-    shots: int = option(4, "how many of --shots_data; fewer where they do not fit into the context", ge=0)
-    show: int = option(0, "answers shown side by side", ge=0)
-    json_: Path | None = option(None, "write the results to this file as well")
-    batch_size: int = option(64, "questions, or windows of text, of one forward pass", ge=1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of matrix products, as in train.py")
+    questions: tuple[Path, ...] = option((), "questions with answers, in the formats of finetune.py's --data", group="Measures")
+    choices: tuple[Path, ...] = option((), 'multiple choice: {"question", "choices", "answer"}', group="Measures")
+    shots_data: Path | None = option(None, "questions with answers to show a base model before each question", group="Measures")
+    shots: int = option(4, "how many of --shots_data to show; fewer if they do not fit the context", group="Measures", ge=0)
+    show: int = option(0, "answers to print side by side", group="Output", ge=0)
+    json_: Path | None = option(None, "write the results to this file as well", group="Output")
 
     @model_validator(mode="after")
-    def _measures_something(self) -> Self:
+    def _check_files(self) -> Self:
         if not (self.text or self.questions or self.choices):
             raise ValueError("nothing to measure: give --text, --questions or --choices")
         for path in (*self.questions, *self.choices, self.shots_data):
@@ -55,12 +55,13 @@ if __name__ == "__main__":  # a wrong option is refused before torch is imported
 import torch
 
 from model import GPT, GPTConfig
-from papagaio import runtime
+from papagaio import kernels, runtime
 from papagaio.batches.conversations import Conversation
 from papagaio.batches.questions import read_choices, read_conversations
-from papagaio.batches.windows import ValidationWindows
+from papagaio.batches.windows import Batch, ValidationWindows
 from papagaio.corpus.dataset import Dataset
-from papagaio.corpus.reading import ReadingOptions, Span, list_spans, read
+from papagaio.corpus.reading import list_spans, read
+from papagaio.corpus.spans import ReadingOptions, Span
 from papagaio.evaluation import (
     Answer,
     answer_nats,
@@ -73,9 +74,11 @@ from papagaio.evaluation import (
     text_batches,
 )
 from papagaio.files import to_json, write_whole
-from papagaio.runs.checkpoint import Checkpoint, open_checkpoint
+from papagaio.generation.engine import Engine
+from papagaio.runs.checkpoint import Checkpoint, model_maker
+from papagaio.runs.directory import open_checkpoint
 
-READING = ReadingOptions()  # texts are read as data/prepare.py does by default
+READING = ReadingOptions()  # texts are read as data/prepare.py reads them by default
 
 
 def main(config: EvaluateOptions) -> None:
@@ -85,85 +88,71 @@ def main(config: EvaluateOptions) -> None:
     pool = read_conversations(config.shots_data) if config.shots_data else []
     texts = {name: open_text(name, checkpoints) for name in config.text}
     device = runtime.pick_device(config.device)
-    columns: list[dict[str, Any]] = []
-    said: list[dict[Path, list[Answer]]] = []
+    columns: list[dict[str, dict[str, Any]]] = []
+    answers: list[dict[Path, list[Answer]]] = []
     for path, checkpoint in zip(config.checkpoint, checkpoints, strict=True):
         print(f"{path}: measuring", file=sys.stderr)
-        model = checkpoint.build(lambda fields: GPT(GPTConfig(**fields)), device, torch.float32)
-        column, answers = measure(model, checkpoint, texts, questions, choices, pool, config)
+        model = kernels.accelerate(checkpoint.build(model_maker(GPT, GPTConfig), device, torch.float32))
+        engine = Engine(model, checkpoint.tokenizer, runtime.pick_dtype(config.dtype, device), checkpoint.is_chat)
+        column = {f"text {name}": measure_text(engine, source, config.batch_size) for name, source in texts.items()}
+        answers.append({})
+        for file, rows in questions.items():
+            measures, answers[-1][file] = measure_questions(engine, rows, pool, config)
+            column[f"questions {file}"] = measures
+        for file, rows in choices.items():
+            picked = choose(engine, rows, None if engine.is_chat else pool[: config.shots])
+            right = [index == row.right() for index, row in zip(picked, rows, strict=True)]
+            chance = sum(1 / len(row.choices) for row in rows) / len(rows)
+            column[f"choices {file}"] = {"questions": len(rows), "accuracy": sum(right) / len(rows), "by chance": chance}
         columns.append(column)
-        said.append(answers)
     print(table([str(path) for path in config.checkpoint], columns))
-    for path, rows in questions.items():
+    for file, rows in questions.items():
         for i, conversation in enumerate(rows[: config.show]):
             print(f"\n{conversation.messages[-2].content} (right: {conversation.answer})")
-            for name, answers in zip(config.checkpoint, said, strict=True):
-                print(f"  {name}: {answers[path][i].text}")
+            for path, by_file in zip(config.checkpoint, answers, strict=True):
+                print(f"  {path}: {by_file[file][i].text}")
     if config.json_ is not None:
         results = [{"checkpoint": str(p), "results": c} for p, c in zip(config.checkpoint, columns, strict=True)]
         write_whole(config.json_, to_json(results))
 
 
-def measure(
-    model: GPT,
-    checkpoint: Checkpoint,
-    texts: dict[str, Dataset | list[Span]],
-    questions: dict[Path, list[Conversation]],
-    choices: dict[Path, Any],
-    pool: list[Conversation],
-    config: EvaluateOptions,
-) -> tuple[dict[str, dict[str, Any]], dict[Path, list[Answer]]]:
-    """({what was measured: {measure: number}}, {file: answers}) of one model."""
-    tokenizer, block_size = checkpoint.tokenizer, checkpoint.model_fields["block_size"]
-    dtype = runtime.pick_dtype(config.dtype, next(model.parameters()).device)
-    base = checkpoint.state.get("stage") == "pretrain"
-    found: dict[str, dict[str, Any]] = {}
-    said: dict[Path, list[Answer]] = {}
-    for name, source in texts.items():
-        if isinstance(source, Dataset):
-            batches = ValidationWindows(source, block_size, config.batch_size)
-        else:
-            fragments = ((fragment.text, fragment.first) for span in source for fragment in read(span, READING))
-            batches = text_batches(fragments, tokenizer, block_size, config.batch_size)
-        measured = evaluate_loss(model, batches, tokenizer, dtype)
-        found[f"text {name}"] = {"bits per byte": measured["val_bpb"], "nats per token": measured["val_loss"]}
-    for path, rows in questions.items():
-        shots = [choose_shots(pool, row, config.shots) for row in rows] if base else None
-        answers = said[path] = answer_questions(model, tokenizer, rows, block_size, dtype, 2 * config.batch_size, shots)
-        ids = [question_ids(tokenizer, row, shots[i] if base else None, block_size, 0) for i, row in enumerate(rows)]
-        nats = answer_nats(model, ids, block_size, dtype, config.batch_size)
-        measured = scores(answers) | {"perplexity of the answers": answer_perplexity(nats, ids)}
-        for group in ("language", "kind"):
-            names = sorted({getattr(row, group) for row in rows})
-            for each in names if len(names) > 1 else []:
-                part = scores([answer for answer in answers if getattr(answer.conversation, group) == each])
-                measured |= {f"{key}, {group} {each} ({part['questions']:,})": part[key] for key in ("exact match", "F1")}
-        found[f"questions {path}"] = measured
-    for path, rows in choices.items():
-        picked = choose(model, tokenizer, rows, block_size, dtype, pool[: config.shots] if base else None)
-        right = [number == row.right() for number, row in zip(picked, rows, strict=True)]
-        chance = sum(1 / len(row.choices) for row in rows) / len(rows)
-        found[f"choices {path}"] = {"questions": len(rows), "accuracy": sum(right) / len(rows), "by chance": chance}
-    return found, said
+def measure_text(engine: Engine, source: Dataset | list[Span], batch_size: int) -> dict[str, float]:
+    if isinstance(source, Dataset):
+        batches: Iterable[Batch] = ValidationWindows(source, engine.block_size, batch_size)
+    else:
+        fragments = ((fragment.text, fragment.first) for span in source for fragment in read(span, READING))
+        batches = text_batches(fragments, engine.tokenizer, engine.block_size, batch_size)
+    measured = evaluate_loss(engine.model, batches, engine.tokenizer, engine.dtype)
+    return {"bits per byte": measured["val_bpb"], "nats per token": measured["val_loss"]}
+
+
+def measure_questions(
+    engine: Engine, rows: list[Conversation], pool: list[Conversation], config: EvaluateOptions
+) -> tuple[dict[str, Any], list[Answer]]:
+    """The measures of a file of questions, also by language and kind if there are several, and the answers."""
+    shots = None if engine.is_chat else [choose_shots(pool, row, config.shots) for row in rows]
+    answers = answer_questions(engine, rows, 2 * config.batch_size, shots)
+    each = shots or [None] * len(rows)
+    ids = [question_ids(engine.tokenizer, row, shown, engine.block_size, 0) for row, shown in zip(rows, each, strict=True)]
+    nats = answer_nats(engine, ids, config.batch_size)
+    measures = scores(answers) | {"perplexity of the answers": answer_perplexity(nats, ids)}
+    for group in ("language", "kind"):
+        names = sorted({getattr(row, group) for row in rows})
+        for name in names if len(names) > 1 else []:
+            part = scores([answer for answer in answers if getattr(answer.conversation, group) == name])
+            measures |= {f"{key}, {group} {name} ({part['questions']:,})": part[key] for key in ("exact match", "F1")}
+    return measures, answers
 
 
 def scores(answers: list[Answer]) -> dict[str, Any]:
-    """Means over the answers: letter for letter; but for case, punctuation and articles; overlap of words; ended by itself."""
-
-    def mean(values: Iterator[float]) -> float:
-        return sum(values) / len(answers)
-
-    return {
-        "questions": len(answers),
-        "exact match": mean(answer.correct for answer in answers),
-        "exact match, normalized": mean(answer.normalized for answer in answers),
-        "F1": mean(answer.f1 for answer in answers),
-        "ended by itself": mean(answer.ended for answer in answers),
-    }
+    """Means over the answers."""
+    measures = {"exact match": "correct", "exact match, normalized": "normalized", "F1": "f1", "ended by itself": "ended"}
+    means = {name: sum(getattr(answer, key) for answer in answers) / len(answers) for name, key in measures.items()}
+    return {"questions": len(answers)} | means
 
 
 def open_text(name: str, checkpoints: list[Checkpoint]) -> Dataset | list[Span]:
-    """A dataset, or the parts of files. Raises UserError for a dataset that is not of the checkpoints' tokenizer."""
+    """A dataset, or the spans of files. Raises UserError if a dataset was made with another tokenizer than the checkpoints'."""
     if Path(name, "manifest.json").is_file():
         dataset = Dataset(Path(name))
         for checkpoint in checkpoints:
@@ -174,20 +163,19 @@ def open_text(name: str, checkpoints: list[Checkpoint]) -> Dataset | list[Span]:
 
 
 def table(names: list[str], columns: list[dict[str, dict[str, Any]]]) -> str:
-    """A block a measurement, a row a measure, a column a checkpoint."""
-    shown: list[tuple[str, list[str]]] = []
+    """One block per thing measured, one row per measure, one column per checkpoint."""
+    rows: list[list[str]] = [["", *names]]
     for what, measures in columns[0].items():
-        shown.append((what, []))
+        rows.append([what, *[""] * len(names)])
         for measure in measures:
             values = [column[what][measure] for column in columns]
-            shown.append((f"  {measure}", [f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values]))
-    first = max(len(label) for label, _ in shown)
-    widths = [max(len(name), *(len(values[i]) for _, values in shown if values)) for i, name in enumerate(names)]
-    lines = [" " * first + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))]
-    for label, values in shown:
-        cells = "".join(f"  {value:>{width}}" for value, width in zip(values, widths, strict=True)) if values else ""
-        lines.append(f"{label:<{first}}{cells}".rstrip())
-    return "\n".join(lines)
+            rows.append([f"  {measure}", *[f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values]])
+    first, *widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        f"{label:<{first}}" + "".join(f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
+        for label, *values in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,23 @@
     python train.py --data out/data --out_dir out/run
     python train.py config/shakespeare_char.toml --max_steps=500
 
-The options are TrainOptions and, shared with fine-tuning, papagaio/options.py's RunOptions. `fit` is the training loop.
+The options are TrainOptions and those shared with fine-tuning, papagaio/training/options.py. `fit` is the training loop.
 """
 
-import math
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
-from papagaio.errors import MachineError, UserError, run
-from papagaio.generation.options import SamplingOptions
-from papagaio.options import load_toml, option, parse
+from papagaio.errors import UserError, run
+from papagaio.options import option, parse
 from papagaio.training.options import RunOptions
 
-# What a preset means for training, where the user says nothing else; what it means for the model stands in model.py.
+# Defaults of a preset for training, if they differ from RunOptions'. What a preset means for the model is in model.py.
 RECIPES: dict[str, dict[str, Any]] = {
-    "modern": {},  # RunOptions' defaults
+    "modern": {},
     "frontier": {},
     "gpt2": {
         "optimizer": "adamw",
@@ -36,44 +32,45 @@ RECIPES: dict[str, dict[str, Any]] = {
         "grad_clip": 1.0,
     },
 }
-
-
-BUDGET = r"^\d+(\.\d+)?[smh]$"
+model = partial(option, group="Model")
 
 
 class TrainOptions(RunOptions):
     """Options of train.py."""
 
-    data: Path = option(..., "dataset directory, made by data/prepare.py")
+    data: Path = option(..., "dataset directory, made by data/prepare.py", group="Run", resume="content")
+    budget: str | None = option(
+        None,
+        "training time, such as 90s, 10m or 2h: chooses the model, and all other options that are not given, to use it",
+        group="One dial",
+        resume="ignored",
+        pattern=r"^\d+(\.\d+)?[smh]$",
+    )
     depth: int | None = option(
         None,
-        "one dial: so many blocks, and whatever else is not given chosen to fit them, the corpus and the device",
+        "number of blocks: chooses all other options that are not given to fit it, the corpus and the device",
+        group="One dial",
+        resume="ignored",
         ge=1,
         le=64,
     )
-    budget: str | None = option(
-        None, "one dial: training time such as 90s, 10m or 2h; the model and the rest are chosen to use it", pattern=BUDGET
+    preset: Literal["modern", "gpt2", "frontier"] = model("modern", "architecture, and defaults of the options for training")
+    n_layer: int = model(6, "blocks", ge=1)
+    n_head: int = model(6, "attention heads", ge=1)
+    n_kv_head: int | None = model(None, "key-value heads, fewer than n_head for grouped-query attention", ge=1)
+    n_embd: int = model(384, "channels", ge=1)
+    block_size: int = model(256, "context length, in tokens", ge=1)
+    position: Literal["rope", "learned", "sinusoidal", "none"] | None = model(
+        None, "positional encoding (default: the preset's, which is learned for gpt2, else rope)"
     )
-    preset: Literal["modern", "gpt2", "frontier"] = option("modern", "architecture and, unless given, the training recipe")
-    n_layer: int = option(6, "blocks", ge=1)
-    n_head: int = option(6, "attention heads", ge=1)
-    n_kv_head: int | None = option(None, "key-value heads, fewer than n_head for grouped-query attention", ge=1)
-    n_embd: int = option(384, "channels", ge=1)
-    block_size: int = option(256, "context length, in tokens", ge=1)
-    dropout: float = option(0.0, "share of activations dropped in training", ge=0, lt=1)
-    document_mask: bool = option(False, "a token sees its own document only, where several are in a window")
-    start_at_documents: bool = option(False, "move a window in which a document begins on to that place")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return RECIPES.get(values.get("preset", "modern"), {}) | values
+    dropout: float = model(0.0, "fraction of activations that are set to 0 in training", ge=0, lt=1)
+    document_mask: bool = model(False, "a token attends to its own document only, if a window holds several")
 
     @model_validator(mode="after")
     def _shape(self) -> "TrainOptions":  # as GPTConfig does, but before torch is imported
         if self.depth and self.budget:
             raise ValueError("depth and budget exclude each other")
-        if self.depth or self.budget:  # what they choose is checked with what is given
+        if self.depth or self.budget:  # checked again with what they choose
             return self
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -85,289 +82,177 @@ class TrainOptions(RunOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(TrainOptions, doc=__doc__)
 
+import math
+from collections.abc import Callable
+
 import torch
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
-from papagaio.batches.windows import Ahead, Batch, Loader, Objective, ValidationWindows, WindowLoader, likelihood, mix
+from papagaio.batches.prefetch import Prefetch
+from papagaio.batches.windows import Loader, Objective, ValidationWindows, WindowLoader, likelihood
 from papagaio.corpus.dataset import Dataset
 from papagaio.evaluation import evaluate_loss
-from papagaio.generation.engine import generate
-from papagaio.runs.directory import open_run, owned
+from papagaio.generation.engine import Engine, Request
+from papagaio.generation.options import SamplingOptions
+from papagaio.runs.directory import locked, open_run, run_state
 from papagaio.runs.saver import Saver
 from papagaio.tokenizer import Tokenizer
-from papagaio.training.dial import by_budget, by_depth
+from papagaio.training import dial
 from papagaio.training.dry_run import dry_run, seconds_per_step
-from papagaio.training.guard import accepts
 from papagaio.training.metrics import RunLog
 from papagaio.training.optimizers import make_optimizers, schedule, set_learning_rate
+from papagaio.training.progress import Identity, Progress
+from papagaio.training.step import TrainingStep, prepare_model
 
 
 def main(config: TrainOptions) -> None:
     dataset = Dataset(config.data)
-    tokenizer = dataset.tokenizer
-    device = runtime.pick_device(config.device)
+    tokenizer, device = dataset.tokenizer, runtime.pick_device(config.device)
     if config.depth or config.budget:
-        config = turn_the_dial(config, dataset, device)
-    loader = training_windows(dataset, config)
-    # A forward pass alone takes a third of the memory of one with its gradient, and larger ones are faster.
+        config = turn_dial(config, dataset, device)
+    config = config.with_defaults(RECIPES[config.preset])
+    loader = make_loader(config, dataset)
+    # A forward pass alone takes a third of the memory of one with its gradient, and larger batches are faster.
     size = max(2 * (config.micro_batch_size or config.batch_size), 4096 // config.block_size)
     validation = ValidationWindows(dataset, config.block_size, size, config.eval_tokens, document_mask=config.document_mask)
+    whole, evaluated = dataset.splits["val"]["tokens"], len(validation.starts) * config.block_size
     torch.manual_seed(config.seed)
     if config.dry_run:
-        dry_run(lambda: make_model(config, tokenizer), loader, config, device)
+        dry_run(partial(make_model, config, tokenizer), loader, likelihood, config, device, min(evaluated, whole))
         return
-    model = make_model(config, tokenizer).to(device)
-    print(f"preset {config.preset}, {model.num_parameters():,} parameters, on {device}", file=sys.stderr)
+    gpt = make_model(config, tokenizer).to(device)
+    parameters = sum(p.numel() for p in gpt.parameters())
+    print(f"preset {config.preset}, {parameters:,} parameters, on {device}", file=sys.stderr)
     print(f"{config.max_steps:,} steps are {loader.epochs(config.max_steps):.2f} epochs of the training split", file=sys.stderr)
+    if evaluated < whole:
+        print(f"val_loss is measured on {evaluated:,} of {whole:,} validation tokens (--eval_tokens)", file=sys.stderr)
+    dtype = runtime.pick_dtype(config.dtype, device)
+    sampling = SamplingOptions(max_new_tokens=max(1, config.sample_tokens), seed=config.seed)
 
     def preview() -> str:
-        """What the model writes on its own, at temperature 0.8."""
-        options = SamplingOptions(checkpoint=config.out_dir, max_new_tokens=config.sample_tokens, seed=config.seed)
-        start, *banned = tokenizer.special.values()
-        tokens = generate(model, [start], options, block_size=config.block_size, banned=banned, end=[start], device=device)
-        return tokenizer.decode(tokens)
+        """A text that the model writes from nothing, at temperature 0.8."""
+        start, *others = tokenizer.special.values()
+        requests = [Request([start], config.seed)]
+        steps = Engine(gpt, tokenizer, dtype).complete(requests, sampling, end={start}, banned=others)
+        return "".join(step.text for step in steps)
 
-    dtype = runtime.pick_dtype(config.dtype, device)
-    facts = {"stage": "pretrain", "data_sha256": dataset.sha256}
-    with owned(config):
-        fit(model, loader, lambda: evaluate_loss(model, validation, tokenizer, dtype), preview, tokenizer, config, facts)
+    identity = Identity(stage="pretrain", data_sha256=dataset.sha256)
+    with locked(config), Prefetch(loader, device) as batches:
+        fit(gpt, batches, lambda: evaluate_loss(gpt, validation, tokenizer, dtype), preview, tokenizer, config, identity)
 
 
-def make_model(config: TrainOptions, tokenizer: Tokenizer) -> GPT:
-    """The model that the options ask for, with its initial weights."""
+def make_model(config: TrainOptions, tokenizer: Tokenizer, **changes: Any) -> GPT:
+    """The model that the options describe, with its initial weights; `changes` replaces fields of its GPTConfig."""
     shape = config.model_dump(include={"n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout"})
+    position = {"position": config.position} if config.position else {}
+    fields = {"vocab_size": tokenizer.vocab_size} | shape | PRESETS[config.preset] | position | changes
     try:
-        return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape, **PRESETS[config.preset]))
+        return GPT(GPTConfig(**fields))
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def training_windows(dataset: Dataset, config: TrainOptions) -> WindowLoader:
-    masks = {"document_mask": config.document_mask, "start_at_documents": config.start_at_documents}
-    return WindowLoader(dataset, "train", config.block_size, config.batch_size, config.seed, **masks)
+def make_loader(config: TrainOptions, dataset: Dataset) -> WindowLoader:
+    options = {"document_mask": config.document_mask}
+    return WindowLoader(dataset, "train", config.block_size, config.batch_size, config.seed, **options)
 
 
-def turn_the_dial(config: TrainOptions, dataset: Dataset, device: torch.device) -> TrainOptions:
-    """The options with what --depth or --budget leaves open filled in, printed with the reasons (papagaio/training/dial.py).
-
-    A run that is resumed keeps what was chosen when it began. Raises UserError where the choices do not fit together.
-    """
-    given = config.model_dump(include=config.model_fields_set)
-    saved = config.out_dir / "config.toml"
-    if config.resume and saved.exists():
-        _, chosen = load_toml(saved)
-        keys = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch_size", "max_steps")
-        keys += ("eval_interval", "eval_tokens")
-        return TrainOptions(**{key: chosen[key] for key in keys if key in chosen} | given)
+def turn_dial(config: TrainOptions, dataset: Dataset, device: torch.device) -> TrainOptions:
+    """The options, completed by what --depth or --budget chooses for this dataset and this machine."""
 
     def tokens_per_second(values: dict[str, Any]) -> float:
-        trial = TrainOptions(**given | values | {"max_steps": 1})
-        seconds = seconds_per_step(make_model(trial, dataset.tokenizer).to(device), training_windows(dataset, trial), trial)
-        return trial.batch_size * trial.block_size / seconds
+        trial = config.model_copy(update=values | {"max_steps": 1}).with_defaults(RECIPES[config.preset])
+        loader, make = make_loader(trial, dataset), partial(make_model, trial, dataset.tokenizer)
+        return trial.batch_size * trial.block_size / seconds_per_step(make, loader, likelihood, trial, device)
 
-    facts = dataset.splits["train"]["tokens"], dataset.tokenizer.vocab_size, device.type == "cuda"
-    try:
-        if config.depth:
-            choice = by_depth(config.depth, *facts, given)
-        else:
-            seconds = float(config.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[config.budget[-1]]
-            choice = by_budget(seconds, *facts, given, tokens_per_second)
-        config = TrainOptions(**choice.values | given)
-    except ValidationError as error:
-        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    for line in choice.reasons:
-        print(f"chosen: {line}", file=sys.stderr)
-    return config
+    corpus = dataset.splits["train"]["tokens"]
+    return dial.complete(config, corpus, dataset.tokenizer.vocab_size, device.type == "cuda", tokens_per_second)
 
 
 def fit(
     model: GPT,
-    loader: Loader,
+    batches: Loader,
     evaluate: Callable[[], dict[str, float]],
     preview: Callable[[], str],
     tokenizer: Tokenizer,
     config: RunOptions,
-    facts: dict[str, Any],
+    identity: Identity,
     objective: Objective = likelihood,
-) -> dict[str, Any]:
-    """Train `model` in place for config.max_steps; returns the state at the end. Pretraining and fine-tuning are this loop.
+) -> Progress:
+    """Train `model` in place for config.max_steps: the loop of pretraining and of fine-tuning. Returns the final progress.
 
-    `loader(step)` gives the batches of an optimizer step, whose weights sum to 1, `loader.epochs(step)` the passes over the
-    data until then; `objective(model, batch)` is the loss. `evaluate()` gives val_loss, and what else there is to measure;
-    `preview()` is shown with it. `facts` (stage, data, base) are noted in the checkpoints; a run resumes only with the same ones.
-    Writes config.toml, metrics.jsonl, loss.png and checkpoints/ in config.out_dir, which must be `owned`. On SIGINT, SIGTERM and
-    SIGUSR1 it saves and ends the process with 128 + the signal.
+    `evaluate()` measures val_loss and other figures; the text of `preview()` is shown with them. Writes config.toml, loss.png,
+    metrics.jsonl and checkpoints/ in config.out_dir, which must be `locked`. One of errors.STOP_SIGNALS saves and exits.
     """
-    device = next(model.parameters()).device
-    dtype = runtime.pick_dtype(config.dtype, device)
-    peak = runtime.peak_flops(device)
-    runtime.keep_memory()
     optimizers = make_optimizers(model, config)
-    state = open_run(model, asdict(model.config), optimizers, tokenizer, config, facts)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 has no numbers for small gradients
-    if scaler.is_enabled() and state["loss_scale"]:
-        scaler.load_state_dict(state["loss_scale"])
-    model.recompute = config.activation_checkpointing
-    if config.compile:
-        runtime.compile_in_place(model, device)
-    model.train()
-
+    progress = open_run(model, optimizers, tokenizer, config, identity)
+    prepare_model(model, config)
+    flops, peak = model.flops_per_token(), runtime.peak_flops(next(model.parameters()).device)
     with (
         runtime.StopSignal() as stop,
-        RunLog(config, state["step"], state["metrics_lines"]) as log,
-        Ahead(loader, device) as batches,
-        Saver(config, tokenizer, log, state["step"] or None) as saver,
+        RunLog(config, progress) as log,
+        Saver(config, tokenizer, log, progress.step or None) as saver,
     ):
-        clock, clock_tokens = time.perf_counter(), 0
+        train_step = TrainingStep(model, optimizers, objective, config, progress, log.say)
         while True:
-            step = state["step"]
-            last = step == config.max_steps
-            due = (step % config.eval_interval == 0 or last) and state["evaluated"] != step
-            checkpoint_due = config.checkpoint_interval and step % config.checkpoint_interval == 0
-            if last or stop.received or (step and (due or checkpoint_due)):  # before evaluating, which may take long, or fail
-                state |= {"loss_scale": scaler.state_dict() or None, "metrics_lines": log.lines}
-                saver.save(model, asdict(model.config), optimizers, state)
+            last = progress.step == config.max_steps
+            due = (progress.step % config.eval_interval == 0 or last) and progress.evaluated_step != progress.step
+            checkpoint_due = config.checkpoint_interval and progress.step % config.checkpoint_interval == 0
+            if last or stop.received or (progress.step and (due or checkpoint_due)):  # before an evaluation, which can be long
+                progress.loss_scale, progress.metrics_lines = train_step.scaler.state_dict() or None, log.lines
+                saver.save(model, optimizers, run_state(progress, identity, config))
             if due and not stop.received:
-                paused = time.perf_counter()
                 try:
-                    with stop.at_once():
-                        found = evaluate()
-                        text = preview() if config.sample_tokens else ""
+                    with stop.at_once(), log.paused():
+                        measured, text = evaluate(), preview() if config.sample_tokens else ""
                 except runtime.Stopped:
                     continue
-                log.log(step, state["tokens"], epoch=loader.epochs(step), **found)
-                if note_evaluation(found["val_loss"], state, loader.epochs(step), log) and (step or last):
-                    saver.mark_best()
-                if text:
-                    log.say("  | " + text.replace("\n", "\n  | "))
-                if step or last:
-                    saver.plot()
-                clock += time.perf_counter() - paused
-            if last or stop.received or gave_up(state, config):
+                report_evaluation(measured, text, progress, batches.epochs(progress.step), log, saver, last)
+            if last or stop.received or progress.gave_up(config.patience):
                 break
 
-            factor = schedule(step, config)
+            factor = schedule(progress.step, config)
             set_learning_rate(optimizers, factor)
-            sequences = batches(step)
-            loss = gradients(model, sequences, objective, scaler, dtype, config, state, log)
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-            if accepts(loss, norm, scaler.get_scale(), state, config, lambda step=step: loader.places(step), log.say):
-                for optimizer in optimizers:
-                    optimizer.step()
-            scaler.update()
-            model.zero_grad(set_to_none=True)
-            if math.isfinite(loss):
-                state |= {"loss_sum": state["loss_sum"] + loss, "summed": state["summed"] + 1}
-            state["tokens"] += sum(int((batch.targets != -100).sum()) for batch in sequences)
-            clock_tokens += sum(batch.ids.numel() for batch in sequences)
-            state["step"] += 1
-            log.advance()
-
-            if (state["step"] % config.log_interval == 0 or state["step"] == config.max_steps) and state["summed"]:
-                state["train_loss"] = state["loss_sum"] / state["summed"]
-                speed = clock_tokens / (time.perf_counter() - clock)
-                measured = {"learning_rate": factor * config.learning_rate, "epoch": loader.epochs(state["step"])}
-                measured |= {"grad_norm": norm} if math.isfinite(norm) else {}
-                measured |= {"tokens_per_second": speed} | ({"mfu": speed * model.flops_per_token() / peak} if peak else {})
-                log.log(state["step"], state["tokens"], train_loss=state["train_loss"], **measured)
-                state |= {"loss_sum": 0.0, "summed": 0}
-                clock, clock_tokens = time.perf_counter(), 0
+            sequences = batches(progress.step)
+            step = train_step(sequences, partial(batches.places, progress.step))
+            predicted = sum(int((batch.targets != -100).sum()) for batch in sequences)
+            progress.add_step(step.loss if math.isfinite(step.loss) else None, predicted)
+            log.advance(sum(batch.ids.numel() for batch in sequences))
+            if (progress.step % config.log_interval == 0 or progress.step == config.max_steps) and progress.loss_count:
+                figures = {"learning_rate": factor * config.learning_rate, "epoch": batches.epochs(progress.step)}
+                log.write_training(progress, flops, peak, **figures, grad_norm=step.grad_norm)
         saver.finish()
 
     if stop.received:
-        print(f"stopped by a signal; saved at step {state['step']}, --resume continues", file=sys.stderr)
+        print(f"stopped by a signal; saved at step {progress.step}, --resume continues", file=sys.stderr)
         sys.exit(128 + stop.received)
-    if state["step"] < config.max_steps:
+    if progress.step < config.max_steps:
         print(
-            f"stopped early: no lower validation loss in {config.patience} evaluations since step {state['best_step']:,}; "
-            "checkpoints/best, which is what the run's directory means, keeps that step",
+            f"stopped early: no lower validation loss in {config.patience} evaluations since step {progress.best_step:,}; "
+            "the run's directory now means its best checkpoint, that of this step",
             file=sys.stderr,
         )
-    return state
+    return progress
 
 
-def gradients(
-    model: GPT,
-    batches: list[Batch],
-    objective: Objective,
-    scaler: torch.amp.GradScaler,
-    dtype: torch.dtype,
-    config: RunOptions,
-    state: dict[str, Any],
-    log: RunLog,
-) -> float:
-    """Leave the gradient of a step in the parameters, a micro-batch at a time, and return its loss.
-
-    Where memory is too small, with config.auto_microbatch the step is done again in micro-batches of half the size, which the
-    state keeps; else raises MachineError, which names what to lower.
-    """
-    device = next(model.parameters()).device
-    wanted = config.micro_batch_size or config.batch_size
-    size = min(wanted, state["micro_batch_size"] or wanted, max(len(batch.ids) for batch in batches))
-    while True:
-        torch.manual_seed(mix(config.seed, state["step"]))  # dropout depends on seed and step alone: a resumed run repeats it
-        loss = torch.zeros((), device=device)
-        try:
-            for micro in (micro for batch in batches for micro in batch.split(size)):
-                with runtime.autocast(device, dtype):
-                    part = objective(model, micro.to(device))
-                scaler.scale(part).backward()
-                loss += part.detach()
-            return float(loss)
-        except RuntimeError as error:
-            if not runtime.is_out_of_memory(error):
-                raise
-            if not config.auto_microbatch or size == 1:
-                lower = "micro_batch_size" if size > 1 else "block_size, or add --activation_checkpointing"
-                raise MachineError(
-                    f"out of memory at step {state['step'] + 1:,}, with {size} sequences at a time: lower {lower} (or let "
-                    "--auto_microbatch do it); what was saved is kept, --resume goes on from there"
-                ) from None
-        part = micro = None  # what holds memory
-        model.zero_grad(set_to_none=True)
-        size //= 2
-        state["micro_batch_size"] = size
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        log.say(f"out of memory: from step {state['step'] + 1:,} on {size} sequences at a time, micro_batch_size={size}")
-
-
-def gave_up(state: dict[str, Any], config: RunOptions) -> bool:
-    """Whether as many evaluations as config.patience have brought no lower validation loss."""
-    return bool(config.patience) and state["unimproved"] >= config.patience
-
-
-def note_evaluation(val_loss: float, state: dict[str, Any], epochs: float, log: RunLog) -> bool:
-    """Take a validation loss into the state, say if it tells of overfitting; whether it is the lowest so far."""
-    state["evaluated"] = state["step"]
-    if state["best_val_loss"] is None or val_loss < state["best_val_loss"]:
-        state |= {"best_val_loss": val_loss, "best_step": state["step"], "best_train_loss": state["train_loss"], "unimproved": 0}
-        return True
-    state["unimproved"] += 1
-    if not state["warned"] and overfits(val_loss, state):
-        log.say(overfitting_notice(val_loss, state, epochs))
-        state["warned"] = True
-    return False
-
-
-def overfits(val_loss: float, state: dict[str, Any]) -> bool:
-    """Whether the validation loss has risen since its best, by more than its own wavering, and the training loss fallen."""
-    if state["best_train_loss"] is None:
-        return False
-    return val_loss > 1.01 * state["best_val_loss"] and state["train_loss"] < state["best_train_loss"]
-
-
-def overfitting_notice(val_loss: float, state: dict[str, Any], epochs: float) -> str:
-    return (
-        f"warning: overfitting. Since step {state['best_step']:,} the validation loss has risen from "
-        f"{state['best_val_loss']:.4f} to {val_loss:.4f} and the training loss fallen from {state['best_train_loss']:.4f} to "
-        f"{state['train_loss']:.4f}: after {epochs:.1f} epochs the model learns this text by heart. checkpoints/best keeps step "
-        f"{state['best_step']:,}. What helps: fewer --max_steps, --dropout=0.2, --weight_decay=0.3, a smaller model "
-        "(--n_layer, --n_embd), or more text."
-    )
+def report_evaluation(
+    measured: dict[str, float], text: str, progress: Progress, epochs: float, log: RunLog, saver: Saver, last: bool
+) -> None:
+    """Write the line of an evaluation, mark the best checkpoint, warn of overfitting, and draw the losses."""
+    log.write(progress, epoch=epochs, **measured)
+    val_loss = measured["val_loss"]
+    saved = bool(progress.step or last)
+    if progress.note_evaluation(val_loss):
+        if saved:
+            saver.mark_best()
+    elif progress.overfits(val_loss) and not progress.overfitting_reported:
+        log.say(progress.overfitting_notice(val_loss, epochs))
+        progress.overfitting_reported = True
+    if text:
+        log.say("  | " + text.replace("\n", "\n  | "))
+    if saved:
+        saver.plot()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ import torch
 from train_speed import load
 
 from model import GPT, PRESETS, GPTConfig
-from papagaio import runtime
+from papagaio import kernels, runtime
 from papagaio.errors import run
-from papagaio.generation.engine import Request, complete
+from papagaio.generation.engine import Engine, Request
 from papagaio.generation.layers import prepare
 from papagaio.generation.options import SamplingOptions
 from papagaio.options import Options, option, parse
-from papagaio.runs.checkpoint import open_checkpoint
+from papagaio.runs.checkpoint import model_maker
+from papagaio.runs.directory import open_checkpoint
+from papagaio.tokenizer import ByteTokenizer
 
 
 class DecodeSpeedOptions(Options):
@@ -50,6 +52,13 @@ class DecodeSpeedOptions(Options):
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
 
 
+class Letters(ByteTokenizer):
+    """Stands for the tokenizer of a random model: any id is a letter."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"x" * len(list(ids))
+
+
 def main(config: DecodeSpeedOptions) -> None:
     device = runtime.pick_device(config.device)
     sides: dict[str, tuple[Callable[[], None], int, int]] = {}  # a turn, rows, bytes of weights
@@ -59,7 +68,9 @@ def main(config: DecodeSpeedOptions) -> None:
             size = weight_bytes(model)
             for rows in sorted({1, config.batch_size}):
                 name = f"ours, {kind}{', compiled' if compiled else ''}, {rows} row{'s' if rows > 1 else ''}"
-                sides[name] = (functools.partial(decode, config, model, kind, rows, device, compiled), rows, size)
+                dtype = torch.float32 if kind == "float32" else torch.bfloat16
+                engine = Engine(model, Letters(), dtype, compiled=compiled)
+                sides[name] = (functools.partial(decode, config, engine, rows), rows, size)
     if config.checkpoint is None:
         for kind in ("float32", "bfloat16"):
             for rows in sorted({1, config.batch_size}):
@@ -97,7 +108,7 @@ def ours(config: DecodeSpeedOptions, kind: str, device: torch.device) -> GPT:
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     if config.checkpoint is not None:
         checkpoint = open_checkpoint(config.checkpoint)
-        model = checkpoint.build(lambda fields: GPT(GPTConfig(**fields)), device, dtype)
+        model = checkpoint.build(model_maker(GPT, GPTConfig), device, dtype)
     else:
         torch.manual_seed(0)
         shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
@@ -106,6 +117,7 @@ def ours(config: DecodeSpeedOptions, kind: str, device: torch.device) -> GPT:
             if parameter.ndim > 1:
                 parameter.data = parameter.data.to(dtype)
         model.to(device)
+    kernels.accelerate(model)
     prepare(model, "int8" if kind == "int8" else "none")
     return model
 
@@ -116,13 +128,11 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
 
 
-def decode(config: DecodeSpeedOptions, model: GPT, kind: str, rows: int, device: torch.device, compiled: bool) -> None:
-    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=config.new_tokens)
-    prompt = [7 * i % model.config.vocab_size for i in range(config.prompt_tokens)]
-    more = {"block_size": model.config.block_size, "device": device, "batch_size": rows, "compiled": compiled}
-    with runtime.autocast(device, torch.float32 if kind == "float32" else torch.bfloat16):
-        for _ in complete(model, [Request(prompt)] * rows, options, **more):
-            pass
+def decode(config: DecodeSpeedOptions, engine: Engine, rows: int) -> None:
+    options = SamplingOptions(temperature=0, max_new_tokens=config.new_tokens)
+    prompt = [7 * i % engine.model.config.vocab_size for i in range(config.prompt_tokens)]
+    for _ in engine.complete([Request(prompt)] * rows, options, batch_size=rows, end=(), banned=()):
+        pass
 
 
 def hugging_face(config: DecodeSpeedOptions, kind: str, rows: int, device: torch.device) -> tuple[Callable[[], None], int]:

@@ -26,16 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from finetune import RECIPES, FinetuneOptions, restricted
+from finetune import RECIPES, FinetuneOptions, restrict
 from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.batches.packing import Example, Mixture, arrange, collate, encode, supervised_weight
 from papagaio.batches.questions import Report, read_conversations
-from papagaio.batches.windows import Batch
+from papagaio.batches.windows import Batch, likelihood
 from papagaio.errors import run
 from papagaio.options import Options, option, parse
-from papagaio.runs.checkpoint import open_checkpoint
+from papagaio.runs.directory import open_checkpoint
 from papagaio.training.optimizers import make_optimizers
+from papagaio.training.progress import Progress
+from papagaio.training.step import TrainingStep, prepare_model
 
 SIDES = ("packed", "padded, context", "padded, batch", "padded, sorted", "packed, LoRA")
 
@@ -69,7 +71,7 @@ def main(config: FinetuneSpeedOptions) -> None:
     memory = {name: memory_of(name) for name in SIDES}
     sides = {name: make_side(name, config, device) for name in SIDES}
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    learnt: dict[str, int] = dict.fromkeys(SIDES, 0)
+    supervised: dict[str, int] = dict.fromkeys(SIDES, 0)
     for step in sides.values():
         step(0)
     number = 1
@@ -77,14 +79,14 @@ def main(config: FinetuneSpeedOptions) -> None:
         for name, step in sides.items():
             runtime.synchronize(device)
             start = time.perf_counter()
-            learnt[name] += sum(step(number + i) for i in range(config.steps))
+            supervised[name] += sum(step(number + i) for i in range(config.steps))
             runtime.synchronize(device)
             seconds[name].append((time.perf_counter() - start) / config.steps)
         number += config.steps
     results = []
     for name in SIDES:
         step_seconds = statistics.median(seconds[name])
-        speed = learnt[name] / config.turns / config.steps / step_seconds
+        speed = supervised[name] / config.turns / config.steps / step_seconds
         results.append(
             {"side": name, "seconds_per_step": step_seconds, "supervised_tokens_per_second": speed, "peak_memory": memory[name]}
         )
@@ -122,20 +124,14 @@ def make_side(side: str, config: FinetuneSpeedOptions, device: torch.device) -> 
     )
     model = GPT(GPTConfig(**checkpoint.model_fields))
     checkpoint.load_model(model)
-    restricted(model, options).to(device).train()
-    optimizers = make_optimizers(model, options)
-    dtype = runtime.pick_dtype("auto", device)
+    restrict(model, options).to(device)
+    prepare_model(model, options)
+    train_step = TrainingStep(model, make_optimizers(model, options), likelihood, options, Progress())
 
     def step(number: int) -> int:
-        chosen = [examples[mixture(n)] for n in range(number * config.batch_size, (number + 1) * config.batch_size)]
-        for batch in batches_of(side, chosen, block_size):
-            with runtime.autocast(device, dtype):
-                loss = model(*batch.to(device))
-            loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return sum(int(example.learnt[1:].sum()) for example in chosen)
+        chosen = [examples[i] for i in mixture(number * config.batch_size, (number + 1) * config.batch_size)]
+        train_step(batches_of(side, chosen, block_size))
+        return sum(int(example.supervised[1:].sum()) for example in chosen)
 
     return step
 

@@ -23,9 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import prepare
 from papagaio.corpus.dataset import Dataset
+from papagaio.corpus.plan import make_tasks
+from papagaio.corpus.reading import list_spans
+from papagaio.corpus.sample import training_sample
 from papagaio.errors import UserError, run
 from papagaio.options import Options, option, parse
-from papagaio.tokenizer import GPT4_PATTERN, gpt2_tokenizer
+from papagaio.tokenizer import GPT4_PATTERN, gpt2_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,14 +116,14 @@ def training(config: PrepareSpeedOptions, texts: list[str], folder: Path) -> lis
     import rustbpe
 
     options = prepare.PrepareOptions(input=(str(config.corpus),), out=folder / "bpe", val_fraction=0.001)
-    tasks = prepare.make_tasks(prepare.list_spans(options.input, options))
+    tasks = make_tasks(list_spans(options.input, options))
     sides = {
         "rustbpe alone, 4,096 tokens": lambda: timed(
             lambda: rustbpe.Tokenizer().train_from_iterator(iter(texts), 4091, pattern=GPT4_PATTERN)
         ),
         "reading the texts alone": lambda: timed(lambda: [json.loads(line)["text"] for line in config.corpus.open("rb")]),
         "prepare.py, reading and training, 4,096 tokens": lambda: timed(
-            lambda: prepare.train_bpe(prepare.sample(tasks, options), 4096)
+            lambda: train_bpe(training_sample(tasks, options, 2**28, options.val_fraction, False, ""), 4096)
         ),
     }
     seconds = in_turn(sides, config.repeats)
@@ -139,11 +142,11 @@ def loading(config: PrepareSpeedOptions, folder: Path) -> list[dict[str, Any]]:
     results = []
     for batch_size, block_size in ((12, 64), (32, 256), (64, 1024)):
         for mask in (False, True):
-            loader = WindowLoader(dataset, "train", block_size, batch_size, 1, document_mask=mask, start_at_documents=mask)
+            loader = WindowLoader(dataset, "train", block_size, batch_size, 1, document_mask=mask)
             steps = range(1 + 20_000_000 // (batch_size * block_size))
             loader(0)
             seconds = statistics.median(timed(partial(list, map(loader, steps))) for _ in range(config.repeats))
-            name = f"loader, one core, {batch_size} x {block_size}{', documents numbered and aligned' if mask else ''}"
+            name = f"loader, one core, {batch_size} x {block_size}{', documents numbered' if mask else ''}"
             results.append({"what": name, "value": len(steps) * batch_size * block_size / seconds / 1e6, "unit": "M tokens/s"})
     return results
 

@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +27,7 @@ from papagaio.tokenizer import ByteTokenizer
 from papagaio.training.metrics import RunLog
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions
+from papagaio.training.progress import Progress
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
                 optimizer.step()
             model.zero_grad(set_to_none=True)
 
-        with RunLog(config, 0, 0) as log, Saver(config, ByteTokenizer(), log, None) as saver:
+        with RunLog(config, Progress()) as log, Saver(config, ByteTokenizer(), log, None) as saver:
             number = 0
 
             def block(saving: bool) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def main() -> None:
                     if saving and i == 1:
                         runtime.synchronize(device)
                         number, before = number + 1, time.perf_counter()
-                        saver.save(model, asdict(model.config), optimizers, {"step": number})
+                        saver.save(model, optimizers, {"step": number})
                         held_up = time.perf_counter() - before
                     step()
                 runtime.synchronize(device)
@@ -88,7 +88,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "parameters": model.num_parameters(),
+                "parameters": sum(p.numel() for p in model.parameters()),
                 "preset": options.preset,
                 "optimizer": options.optimizer,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

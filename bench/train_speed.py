@@ -30,12 +30,15 @@ import torch
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
-from papagaio.batches.windows import Ahead, WindowLoader
+from papagaio.batches.prefetch import Prefetch
+from papagaio.batches.windows import WindowLoader, likelihood
 from papagaio.corpus.dataset import Dataset
 from papagaio.errors import UserError, run
 from papagaio.options import Options, option, parse
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions
+from papagaio.training.progress import Progress
+from papagaio.training.step import TrainingStep, prepare_model
 from train import RECIPES
 
 
@@ -144,10 +147,11 @@ def growth(config: TrainSpeedOptions, dataset: Dataset, device: torch.device) ->
             seconds.append(time.perf_counter() - start)
         model = GPT(model_config(sized, config.presets[0], dataset))
         speed = config.batch_size * config.block_size / statistics.median(seconds[2:])
-        product = speed * model.num_matrix_parameters()
+        product = speed * sum(p.numel() for p in model.parameters() if p.ndim == 2)
         first = first or product
-        print(f"{model.num_parameters():14,} parameters {speed:12,.0f} tokens/s  product {product:.3g}  {product / first:5.2f}")
-        print(json.dumps({"growth": depth, "parameters": model.num_parameters(), "tokens_per_second": speed, "product": product}))
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{parameters:14,} parameters {speed:12,.0f} tokens/s  product {product:.3g}  {product / first:5.2f}")
+        print(json.dumps({"growth": depth, "parameters": parameters, "tokens_per_second": speed, "product": product}))
 
 
 def model_config(config: TrainSpeedOptions, preset: str, dataset: Dataset) -> GPTConfig:
@@ -159,23 +163,11 @@ def ours(config: TrainSpeedOptions, preset: str, dataset: Dataset, device: torch
     """A step as train.fit takes it."""
     torch.manual_seed(0)
     model = GPT(model_config(config, preset, dataset)).to(device)
-    optimizers = make_optimizers(model, RunOptions(out_dir=Path("none"), **RECIPES[preset]))
-    if compiled:
-        model.compile()
-    dtype = runtime.pick_dtype("auto", device)
-    batches = Ahead(WindowLoader(dataset, "train", config.block_size, config.batch_size, 0), device)
-
-    def step(number: int) -> None:
-        for batch in batches(number):
-            with runtime.autocast(device, dtype):
-                loss = model(*batch.to(device))
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return step
+    options = RunOptions(out_dir=Path("none"), grad_clip=1.0, compile=compiled).with_defaults(RECIPES[preset])
+    prepare_model(model, options)
+    train_step = TrainingStep(model, make_optimizers(model, options), likelihood, options, Progress())
+    batches = Prefetch(WindowLoader(dataset, "train", config.block_size, config.batch_size, 0), device)
+    return lambda number: train_step(batches(number))
 
 
 def nanogpt(config: TrainSpeedOptions, dataset: Dataset, device: torch.device, compiled: bool) -> Callable[[int], None]:
@@ -228,7 +220,7 @@ def nanochat(config: TrainSpeedOptions, dataset: Dataset, device: torch.device, 
     whole = model
     if compiled:
         model = torch.compile(model, dynamic=False)
-    batches = Ahead(WindowLoader(dataset, "train", config.block_size, config.batch_size, 0), device)
+    batches = Prefetch(WindowLoader(dataset, "train", config.block_size, config.batch_size, 0), device)
 
     def step(number: int) -> None:
         for batch in batches(number):

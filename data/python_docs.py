@@ -1,21 +1,15 @@
-"""A corpus that every machine has: the Python standard library running this script, and questions that its docstrings answer.
+"""A corpus that every machine has: the source of the Python standard library, and questions that its docstrings answer.
 
     python data/python_docs.py --out out/python_docs
 
-writes corpus.jsonl, a document a line: {"text": ..., "source": "json/decoder.py"}, and qa_train.jsonl, qa_dev.jsonl and
-qa_test.jsonl, a question a line, about 85, 5 and 10 % of the modules. Worked example: in textwrap.py stands
-
-    def dedent(text):
-        '''Remove any common leading whitespace from every line in `text`.
-
-        This can be used to make triple-quoted strings line up with ...'''
-
-which becomes the question
+writes corpus.jsonl, one document per line: {"text": ..., "source": "json/decoder.py"}, and qa_train.jsonl, qa_dev.jsonl and
+qa_test.jsonl, one question per line, about 85, 5 and 10 % of the modules. Example: the docstring of dedent in textwrap.py is
+"Remove any common leading whitespace from every line in `text`. This can be used to ...", which becomes the question
 
     {"question": "What does the function textwrap.dedent do?", "kind": "function", "source": "textwrap.py",
      "answer": "Remove any common leading whitespace from every line in `text`."}
 
-The corpus holds the modules of all three splits: what is asked was told in pretraining; only the questions are new.
+The corpus holds the modules of all three splits: a model has read the answers in pretraining, only the questions are new.
 No module is imported, files are only read, so that the same Python and --seed give the same bytes.
 """
 
@@ -36,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from papagaio.errors import MachineError, UserError, run
 from papagaio.options import Options, option, parse
 
-# Tests, other people's packages, and what describes the machine on which this Python was built.
+# Tests, installed packages, and files that describe the machine on which this Python was built.
 SKIPPED = re.compile(r"tests?|idle_test|(site|dist)-packages|__pycache__|config-.*|_sysconfigdata.*")
-CHARACTER_TABLE = re.compile(r"^decoding_(table|map) *=", re.MULTILINE)  # most of encodings/: numbers, nothing to read
-TOPICS = "pydoc_data/topics.py"  # the language reference that help() shows, as one dict of texts
+CHARACTER_TABLE = re.compile(r"^decoding_(table|map) *=", re.MULTILINE)  # most of encodings/ is tables of numbers
+TOPICS = "pydoc_data/topics.py"  # the language reference of help(), a dict of texts
 
 QUESTIONS = {
     "module": "What is the module {} for?",
@@ -48,14 +42,16 @@ QUESTIONS = {
     "method": "What does the method {} do?",
 }
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z`'\"(])")
-# A capital and a full stop, and neither a signature, "dedent(text)", nor a reference to another docstring.
+# Begins with a capital, ends with a full stop, and is neither a signature, "dedent(text)", nor a reference to another docstring.
 ANSWER = re.compile(r"(?![\w.]+\(|(See|Same as|Like|Similar to|Overrid\w+|TODO|Deprecated|Internal)\b)[A-Z].*[.!]")
-MOST_REPEATS = 3  # an answer that fits more questions than this ("Close the connection.") says little about any of them
+MOST_REPEATS = 3  # an answer of more questions than this ("Close the connection.") says little about any of them
 
 
 class PythonDocsOptions(Options):
-    out: Path = option(..., "directory of the four files; what they held is replaced")
-    seed: int = option(1337, "of the split: which modules are asked about in train, dev and test", ge=0)
+    """Options of data/python_docs.py."""
+
+    out: Path = option(..., "directory of the four files, which are replaced")
+    seed: int = option(1337, "seed of the split of the modules into train, dev and test", ge=0)
 
 
 def main(config: PythonDocsOptions) -> None:
@@ -65,7 +61,7 @@ def main(config: PythonDocsOptions) -> None:
     documents, questions, unreadable = [], [], 0
     for source in python_files(library):
         try:
-            with tokenize.open(library / source) as file:  # honours the file's own `# -*- coding -*-` line
+            with tokenize.open(library / source) as file:  # obeys the file's `# -*- coding -*-` line
                 text = file.read()
             tree = ast.parse(text)
         except (SyntaxError, UnicodeDecodeError):
@@ -77,7 +73,7 @@ def main(config: PythonDocsOptions) -> None:
             documents.append({"text": text, "source": source})
             questions += ask(tree, source)
     if not documents:
-        raise MachineError(f"{library} holds no Python source; this Python came without its standard library's files")
+        raise MachineError(f"{library} has no Python source: this Python was installed without its standard library's files")
 
     config.out.mkdir(parents=True, exist_ok=True)
     write(config.out / "corpus.jsonl", documents)
@@ -92,16 +88,16 @@ def main(config: PythonDocsOptions) -> None:
 
 
 def python_files(library: Path) -> Iterator[str]:
-    """Paths below `library` with forward slashes, in an order that does not depend on the file system."""
+    """Paths relative to `library`, with forward slashes, in an order that does not depend on the file system."""
     for folder, subfolders, files in os.walk(library):
-        subfolders[:] = sorted(name for name in subfolders if not SKIPPED.fullmatch(name))  # os.walk follows what is left
+        subfolders[:] = sorted(name for name in subfolders if not SKIPPED.fullmatch(name))  # os.walk enters those that are left
         for name in sorted(files):
             if name.endswith(".py") and not SKIPPED.fullmatch(name):
                 yield (Path(folder) / name).relative_to(library).as_posix()
 
 
 def ask(tree: ast.Module, source: str) -> Iterator[dict[str, str]]:
-    """The questions of one file, from the docstrings of what is public in it."""
+    """The questions of one file, from the docstrings of its public names."""
     module = module_name(source)
     if re.search(r"(^|\.)_", module):
         return
@@ -117,10 +113,10 @@ def module_name(source: str) -> str:
 
 
 def definitions(kind: str, name: str, node: ast.AST) -> Iterator[tuple[str, str, ast.AST]]:
-    """(kind, dotted name, node) of a module and, inside, of all its public classes, functions and methods."""
+    """(kind, dotted name, node) of a module and of all public classes, functions and methods in it."""
     yield kind, name, node
     if kind not in ("module", "class"):
-        return  # what is defined inside a function cannot be reached by a name
+        return  # a definition inside a function has no public name
     function = "method" if kind == "class" else "function"
     kinds = {ast.ClassDef: "class", ast.FunctionDef: function, ast.AsyncFunctionDef: function}
     for child in node.body:
@@ -139,7 +135,7 @@ def first_sentence(docstring: str, name: str) -> str:
 
 
 def is_answer(sentence: str, name: str) -> bool:
-    """Whether it is readable text that tells more than the name asked about."""
+    """Whether it is readable text that says more than the name in the question."""
     news = {word for word in words(sentence) if len(word) > 3} - set(words(name))
     return 15 <= len(sentence) <= 200 and ANSWER.fullmatch(sentence) is not None and sentence.isprintable() and len(news) >= 2
 
@@ -150,14 +146,14 @@ def words(text: str) -> list[str]:
 
 
 def distinct(questions: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Each question once (its first definition), without the answers that too many questions share."""
+    """Each question once (the first definition), without those whose answer too many questions share."""
     first = {question["question"]: question for question in reversed(questions)}
     repeats = Counter(question["answer"] for question in first.values())
     return [question for question in reversed(first.values()) if repeats[question["answer"]] <= MOST_REPEATS]
 
 
 def split_of(module: str, seed: int) -> str:
-    """A module goes as a whole: what one docstring says of its module must not help with another's question."""
+    """All questions about a module are in one split, because one docstring may help with the question about another."""
     percent = int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()) % 100
     return "train" if percent < 85 else "dev" if percent < 90 else "test"
 

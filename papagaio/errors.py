@@ -1,4 +1,4 @@
-"""How a script ends: errors as one line with a status, signals, and tracebacks for our own bugs alone.
+"""How a script ends: errors as one line and an exit status, signals, and tracebacks for our own bugs only.
 
 Nothing here imports torch.
 """
@@ -9,42 +9,41 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 ConfigT = TypeVar("ConfigT")
 
-# What asks a process to end: Ctrl-C, a scheduler, and Slurm's warning before its time is over (--signal=USR1@60).
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Requests to end: Ctrl-C, a scheduler's SIGTERM, a closed terminal, and Slurm's warning (--signal=USR1@60).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class UserError(ValueError):
     """A user's mistake. The message says what is wrong, where (file:line) and what would be right; exit status 2."""
 
 
+class MachineError(RuntimeError):
+    """A failure of the machine or of a file (disk, memory, weights that are not finite); exit status 1."""
+
+
 @contextlib.contextmanager
 def located(place: str) -> Iterator[None]:
-    """A UserError that is raised inside says first where (file:line)."""
+    """Put a place (file:line) before the message of a UserError that is raised inside."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 
 
-class MachineError(RuntimeError):
-    """A failure of the machine or of a file it holds (disk, memory, weights that are not finite); exit status 1."""
-
-
 def run(main: Callable[[ConfigT], None], config: ConfigT) -> NoReturn:
-    """Call `main(config)` and end the process as the design says: one line and a status, a traceback only for our own bugs."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, leave)
+    """Call `main(config)` and end the process: errors become one line and a status; our own bugs keep their traceback."""
+    catch_signals(leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(config)
         sys.stdout.flush()
     except UserError as error:
         fail(str(error), 2)
-    except BrokenPipeError:  # the reader of our output has left (`| head`): not an error
+    except BrokenPipeError:  # the reader of our output has gone (`| head`), which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (MachineError, OSError, MemoryError) as error:
@@ -52,13 +51,25 @@ def run(main: Callable[[ConfigT], None], config: ConfigT) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             fail("out of memory: lower micro_batch_size or block_size (nothing that was saved is lost)", 1)
         raise
     sys.exit(0)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get the memory it asked for, on a GPU (torch.OutOfMemoryError) or a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def catch_signals(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Have `handler` called at each of STOP_SIGNALS; returns the handlers before. A SIGHUP that nohup ignores stays ignored."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in ignored}
+
+
 def leave(number: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler that ends the process with 128 + the signal's number."""
     sys.exit(128 + number)
 
 

@@ -1,7 +1,7 @@
-"""Measuring a model: bits per byte of a text; its answers to questions, by exact match, F1 and perplexity; multiple choice.
+"""Measures of a model: bits per byte of a text; exact match, F1 and perplexity of answers to questions; multiple choice.
 
 A chat model is asked in the chat template. A base model (`shots` is not None) is shown text instead: some questions and their
-answers, a line each, and then the question; its answer is the next line.
+answers, one per line, and then the question. Its answer is the next line.
 """
 
 import math
@@ -21,28 +21,31 @@ from papagaio.batches.packing import Example, collate
 from papagaio.batches.questions import Choice
 from papagaio.batches.windows import Batch, pad_windows
 from papagaio.errors import located
-from papagaio.generation.engine import greedy_batch
+from papagaio.generation.engine import Engine
 from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
+
+Shots = Sequence[Conversation]  # questions with answers that a base model is shown before a question
+Question = tuple[list[int], list[int]]  # ids of the prompt and of the right answer
 
 
 @torch.inference_mode()
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, float]:
-    """val_loss: mean nats per predicted token. val_bpb: bits per UTF-8 byte of the text those tokens spell; special tokens
-    spell none, so the bits spent on them are left out as well."""
+    """val_loss: mean nats per predicted token. val_bpb: bits per UTF-8 byte of the text that these tokens spell; special tokens
+    spell none, so their bits are not counted."""
     device = next(model.parameters()).device
     lengths = torch.tensor(tokenizer.byte_lengths, device=device)
     nats = text_nats = torch.zeros((), dtype=torch.float64, device=device)
     predicted = n_bytes = 0
-    for batch in batches:
+    for batch in tqdm(batches, "evaluating", leave=False, disable=None):
         ids, targets, weights, doc_ids = batch.to(device)
         with evaluating(model), autocast(device, dtype):
-            losses = model.losses(ids, targets, doc_ids).double()  # (B, T), 0 where nothing is to be predicted
-        wanted = weights > 0
-        spelled = torch.where(wanted, lengths[targets.clamp_min(0)], 0)  # (B, T) bytes of each target
-        nats = nats + losses[wanted].sum()
+            losses = model(ids, targets, doc_ids=doc_ids, reduction="none").double()  # (B, T)
+        counted = weights > 0
+        spelled = torch.where(counted, lengths[targets.clamp_min(0)], 0)  # (B, T) bytes of each target
+        nats = nats + losses[counted].sum()
         text_nats = text_nats + losses[spelled > 0].sum()
-        predicted += int(wanted.sum())
+        predicted += int(counted.sum())
         n_bytes += int(spelled.sum())
     return {"val_loss": float(nats) / predicted, "val_bpb": float(text_nats) / math.log(2) / max(1, n_bytes)}
 
@@ -50,7 +53,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokeniz
 def text_batches(
     fragments: Iterable[tuple[str, bool]], tokenizer: Tokenizer, block_size: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Windows of documents that come as (text, whether a document begins with it): every token but the first predicted once."""
+    """Windows over a text in pieces (text, whether it begins a document): every token but the first is predicted once."""
     buffer, windows = [np.zeros(0, np.int64)], []
     for text, first in fragments:
         if first:
@@ -71,25 +74,25 @@ def text_batches(
 
 
 class Answer(NamedTuple):
-    """A question, what the model said, and whether it is what stands in the file."""
+    """A question, the model's answer, and how good it is."""
 
     conversation: Conversation
     text: str
-    correct: bool  # letter for letter, and ended
-    ended: bool  # by itself: with the end token, or, of a base model, with the line
+    correct: bool  # equal to the file's answer but for blanks around it, and ended
+    ended: bool  # by the model: with the end token or, for a base model, with the line
 
     @property
     def normalized(self) -> bool:
-        """Whether it is right but for case, punctuation and articles."""
-        right, language = self.conversation.answer, self.conversation.language
-        return words(self.text, language) == words(right, language)
+        """Whether it is correct apart from case, punctuation and articles."""
+        language = self.conversation.language
+        return words(self.text, language) == words(self.conversation.answer, language)
 
     @property
     def f1(self) -> float:
-        """Overlap of its words with those of the right answer, as in SQuAD (arXiv:1606.05250): 2 common / (said + right)."""
-        said, right = (words(text, self.conversation.language) for text in (self.text, self.conversation.answer))
-        common = sum((Counter(said) & Counter(right)).values())
-        return 2 * common / (len(said) + len(right)) if said or right else 1.0
+        """Overlap of its words with those of the right answer, as in SQuAD (arXiv:1606.05250): 2 common / (found + right)."""
+        found, right = (words(text, self.conversation.language) for text in (self.text, self.conversation.answer))
+        common = sum((Counter(found) & Counter(right)).values())
+        return 2 * common / (len(found) + len(right)) if found or right else 1.0
 
 
 ARTICLES = {
@@ -101,13 +104,13 @@ ARTICLES = {
     "de": "der die das den dem des ein eine einen einem einer eines",
     "nl": "de het een",
 }
-WITHOUT_BLANKS = {"zh", "ja", "th", "km", "lo", "my"}  # whose words are not parted by blanks: characters count instead
+WITHOUT_BLANKS = {"zh", "ja", "th", "km", "lo", "my"}  # languages written without blanks: each character counts as a word
 
 
 def words(text: str, language: str = "en") -> list[str]:
-    """`The Brazilian real.` -> `brazilian real`: case, punctuation and the language's articles do not count.
+    """`The Brazilian real.` -> `brazilian real`: without case, punctuation and the articles of the language.
 
-    What is nothing but these stays as it is.
+    A text of nothing but these is left as it is.
     """
     code = language.split("-")[0].lower()
     text = unicodedata.normalize("NFKC", text).casefold()
@@ -119,16 +122,11 @@ def words(text: str, language: str = "en") -> list[str]:
     return [word for word in found if word not in articles] or text.split()
 
 
-Shots = Sequence[Conversation]
+def question_ids(tokenizer: Tokenizer, conversation: Conversation, shots: Shots | None, block_size: int, room: int) -> Question:
+    """(prompt, answer) as ids; the answer ends with <|end|>, or with `shots` with its line.
 
-
-def question_ids(
-    tokenizer: Tokenizer, conversation: Conversation, shots: Shots | None, block_size: int, room: int
-) -> tuple[list[int], list[int]]:
-    """(prompt, answer) as ids; the answer ends with <|end|>, or, where `shots` is given, with its line.
-
-    As many shots as leave `room` tokens of block_size for an answer; the last ones are kept, of the question's kind before
-    others. Raises UserError naming the question where the tokenizer does not know its characters.
+    The first shots are left out until `room` tokens of block_size are free for an answer. Raises UserError with the question's
+    place if the tokenizer does not know its characters.
     """
     with located(conversation.place):
         if shots is None:
@@ -143,45 +141,37 @@ def question_ids(
             del texts[0]
 
 
-def choose_shots(pool: Shots, conversation: Conversation, count: int, seed: int = 0) -> list[Conversation]:
-    """Examples to show before a question: of its kind, where there are enough, else any; always the same for a question."""
-    alike = [shot for shot in pool if shot.kind == conversation.kind and shot.said != conversation.said]
-    others = [shot for shot in pool if shot.kind != conversation.kind and shot.said != conversation.said]
-    rng = random.Random(f"{seed} {conversation.said}")
+def choose_shots(pool: Shots, conversation: Conversation, count: int) -> list[Conversation]:
+    """Examples to show before a question, the same at every call: of its kind if there are enough, and others before them."""
+    others = [shot for shot in pool if shot.key != conversation.key]
+    alike = [shot for shot in others if shot.kind == conversation.kind]
+    unlike = [shot for shot in others if shot.kind != conversation.kind]
+    rng = random.Random(f"0 {conversation.key}")
     found = rng.sample(alike, min(count, len(alike)))
-    return rng.sample(others, min(count - len(found), len(others))) + found
+    return rng.sample(unlike, min(count - len(found), len(unlike))) + found
 
 
 def answer_questions(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    conversations: Sequence[Conversation],
-    block_size: int,
-    dtype: torch.dtype,
-    batch_size: int = 128,
-    shots: Sequence[Shots] | None = None,
+    engine: Engine, conversations: Sequence[Conversation], batch_size: int = 128, shots: Sequence[Shots] | None = None
 ) -> list[Answer]:
-    """Greedy answers to the last question of each conversation, in order; with `shots`, those shown before each.
+    """Greedy answers to the last question of each conversation, in order; `shots` are those shown before each question.
 
-    Correct is an answer that equals the file's but for blanks around it. It may grow to the longest answer in the file and
-    a half more. A question that leaves no room for an answer within block_size counts as wrong.
+    An answer may be half as long again as the longest answer in the file. A question that leaves no room for an answer in the
+    context counts as wrong.
     """
-    device = next(model.parameters()).device
-    each = shots if shots is not None else [None] * len(conversations)
-    asked = list(zip(conversations, each, strict=True))
-    longest = max(len(question_ids(tokenizer, conversation, shown, block_size, 0)[1]) for conversation, shown in asked) - 1
+    tokenizer, block_size = engine.tokenizer, engine.block_size
+    asked = list(zip(conversations, shots or [None] * len(conversations), strict=True))
+    longest = max(len(question_ids(tokenizer, *question, block_size, 0)[1]) for question in asked) - 1
     limit = longest + longest // 2 + 1
-    prompts = [question_ids(tokenizer, conversation, shown, block_size, limit)[0] for conversation, shown in asked]
+    prompts = [question_ids(tokenizer, *question, block_size, limit)[0] for question in asked]
     end = tokenizer.special[END if shots is None else END_OF_TEXT]
-    # Questions of like length together, so that little is computed for padding.
+    # Prompts of similar length together, so that little is computed for padding.
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < block_size), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     for start in tqdm(range(0, len(order), batch_size), "answers", leave=False, disable=None):
         rows = order[start : start + batch_size]
         room = min(limit, block_size - max(len(prompts[i]) for i in rows))
-        with evaluating(model), autocast(device, dtype):
-            found = greedy_batch(model, [prompts[i] for i in rows], room, end, device)
-        answers.update(zip(rows, found, strict=True))
+        answers.update(zip(rows, engine.greedy([prompts[i] for i in rows], room, end), strict=True))
 
     results = []
     for i, conversation in enumerate(conversations):
@@ -197,55 +187,49 @@ def answer_questions(
 
 
 @torch.inference_mode()
-def answer_nats(
-    model: nn.Module, questions: Sequence[tuple[list[int], list[int]]], block_size: int, dtype: torch.dtype, batch_size: int = 64
-) -> Tensor:
-    """Nats (N,) of each answer's tokens after its prompt, together; NaN where both do not fit into block_size."""
-    device = next(model.parameters()).device
-    found = torch.full((len(questions),), torch.nan, dtype=torch.float64)
+def answer_nats(engine: Engine, questions: Sequence[Question], batch_size: int = 64) -> Tensor:
+    """Nats (N,) of each answer after its prompt, summed over its tokens; NaN if both together exceed the context."""
+    model, found = engine.model, torch.full((len(questions),), torch.nan, dtype=torch.float64)
     examples = [
         Example(np.array([*prompt, *answer], np.uint32), np.arange(len(prompt) + len(answer)) >= len(prompt))
         for prompt, answer in questions
     ]
-    fitting = (i for i, example in enumerate(examples) if example.length <= block_size)
+    fitting = (i for i, example in enumerate(examples) if example.length <= engine.block_size)
     order = sorted(fitting, key=lambda i: examples[i].length)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = collate([[examples[i]] for i in rows], max(examples[i].length for i in rows), 1.0).to(device)
-        with evaluating(model), autocast(device, dtype):
-            found[rows] = model.losses(batch.ids, batch.targets).double().sum(1).cpu()
+        batch = collate([[examples[i]] for i in rows], max(examples[i].length for i in rows), 1.0).to(engine.device)
+        with evaluating(model), autocast(engine.device, engine.dtype):
+            found[rows] = model(batch.ids, batch.targets, reduction="none").double().sum(1).cpu()
     return found
 
 
-def answer_perplexity(nats: Tensor, questions: Sequence[tuple[list[int], list[int]]]) -> float:
-    """exp of the mean nats of an answer's token, its end included, over the answers that fit."""
+def answer_perplexity(nats: Tensor, questions: Sequence[Question]) -> float:
+    """exp of the mean nats per token of the answers that fit, their ends included."""
     fits = ~nats.isnan()
     tokens = sum(len(answer) for (_, answer), kept in zip(questions, fits.tolist(), strict=True) if kept)
     return math.exp(min(700.0, float(nats[fits].sum()) / tokens)) if tokens else math.nan
 
 
-def choose(
-    model: nn.Module, tokenizer: Tokenizer, choices: Sequence[Choice], block_size: int, dtype: torch.dtype, shots: Shots | None
-) -> list[int]:
-    """For each question the number of the choice with the highest log-probability per byte; -1 where none fits."""
+def choose(engine: Engine, choices: Sequence[Choice], shots: Shots | None) -> list[int]:
+    """For each question the index of the choice with the highest log-probability per byte; -1 if none fits the context."""
     questions = []
     for row in choices:
         for text in row.choices:
             messages = [Message(role="user", content=row.question), Message(role="assistant", content=text)]
             conversation = Conversation(messages=messages, place=row.place)
-            questions.append(question_ids(tokenizer, conversation, shots, block_size, 0))
-    nats = answer_nats(model, questions, block_size, dtype).tolist()
-    picked, start = [], 0
+            questions.append(question_ids(engine.tokenizer, conversation, shots, engine.block_size, 0))
+    nats = iter(answer_nats(engine, questions).tolist())
+    picked = []
     for row in choices:
-        score = [-nats[start + i] / max(1, len(text.encode())) for i, text in enumerate(row.choices)]
-        fits = [i for i, value in enumerate(score) if not math.isnan(value)]
-        picked.append(max(fits, key=lambda i: score[i], default=-1))
-        start += len(row.choices)
+        scores = [-next(nats) / max(1, len(text.encode())) for text in row.choices]
+        fits = [i for i, score in enumerate(scores) if not math.isnan(score)]
+        picked.append(max(fits, key=lambda i: scores[i], default=-1))
     return picked
 
 
 def exact_match_table(answers: Sequence[Answer]) -> str:
-    """A line a kind of question: how many, and how many right."""
+    """One line per kind of question: how many there are, and the share of correct answers."""
     asked = Counter(answer.conversation.kind for answer in answers)
     right = Counter(answer.conversation.kind for answer in answers if answer.correct)
     width = max(len(kind) for kind in asked)
@@ -255,6 +239,6 @@ def exact_match_table(answers: Sequence[Answer]) -> str:
 
 
 def exact_match_line(answers: Sequence[Answer]) -> str:
-    """The figure of a file of questions, such as `0.991 (1226/1236)`."""
+    """The share of correct answers, as `0.991 (1226/1236)`."""
     right = sum(answer.correct for answer in answers)
     return f"{right / len(answers):.3f} ({right}/{len(answers)})"

@@ -1,12 +1,13 @@
-"""Files that are there whole or not at all, and that show when they are not as they were written.
+"""Files that are written whole or not at all, and whose damage is detected.
 
-What is written first gets another name, then goes to the disk, and then gets its own: a crash at any moment leaves the old
-file or the new one. Manifests name the sha256 of every file beside them, and in `sha256` that of what they say themselves.
+A file is written under a temporary name, flushed to the disk and then renamed: a crash at any moment leaves the old file or the
+new one. A manifest holds the sha256 of every file beside it, and in `sha256` the hash of its own content.
 """
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any, ClassVar
@@ -15,12 +16,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, V
 
 from papagaio.errors import UserError
 
-LARGEST_JSON = 2**24  # bytes of a file that is read as a whole; the manifest of a dataset of 10**13 tokens has as many
+LARGEST_JSON = 2**24  # bytes of a file that is read at once; the manifest of a dataset of 10**13 tokens has about as many
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 SAVE_TENSORS = (
-    "save the tensors with safetensors.torch.save_file in the program that made them, and name a checkpoint directory of papagaio"
+    "save the tensors with safetensors.torch.save_file where they were made, and name a checkpoint directory of papagaio"
 )
-GIVE_TEXT = "give the text itself, which data/prepare.py prepares (nanoGPT's train.bin holds tokens of a vocabulary not told)"
+GIVE_TEXT = "give the text itself to data/prepare.py (nanoGPT's train.bin holds tokens, but does not name their vocabulary)"
 
 
 def file_sha256(path: Path) -> str:
@@ -29,7 +30,7 @@ def file_sha256(path: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or the names in a directory, are on the disk: what survives a power cut."""
+    """Wait until a file's content, or a directory's list of names, is on the disk and survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,14 +39,14 @@ def flush_to_disk(path: Path) -> None:
 
 
 def sync_and_close(file: IO) -> None:
-    """Close a file once its content is on the disk: what is renamed afterwards survives a power cut whole."""
+    """Close a file after its content has reached the disk, so that it may be renamed."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, or replace it, at one stroke; also where several processes do so."""
+    """Write or replace a file atomically; several processes may do so at once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -58,17 +59,26 @@ def write_whole(path: Path, text: str) -> None:
     flush_to_disk(path.parent)
 
 
+def discard(path: Path) -> None:
+    """Delete a directory. It is renamed first, so that a crash leaves no half of it under its name."""
+    if path.exists():
+        condemned = path.with_name(f".{path.name.lstrip('.')}.old")
+        shutil.rmtree(condemned, ignore_errors=True)
+        path.rename(condemned)
+        shutil.rmtree(condemned)
+
+
 def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def sealed(manifest: dict[str, Any]) -> str:
-    """The text of a manifest, in which the sha256 of all that it says is added: a change to itself shows as well."""
+    """The text of a manifest, with the sha256 of its own content added."""
     return to_json(manifest | {"sha256": hashlib.sha256(to_json(manifest).encode()).hexdigest()})
 
 
 def _stays_inside(name: str) -> str:
-    """The name of a file, where a directory's manifest may have it: of nothing outside of the directory."""
+    """Raises ValueError unless a manifest may list a file of this name: one inside the manifest's directory."""
     if PurePosixPath(name).is_absolute() or {"", ".", ".."} & set(name.split("/")) or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file in this directory")
     return name
@@ -79,21 +89,17 @@ Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class Manifest(BaseModel):
-    """Base of what manifests say. Other keys are refused, so that `sha256` with a flipped bit is no key that is left out."""
+    """Base class of the kinds of manifests. Unknown keys are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    of: ClassVar[str]  # what it is called
+    of: ClassVar[str]  # its name in error messages
 
 
 def read_manifest(path: Path, shape: type[Manifest], cure: str) -> dict[str, Any]:
-    """What a manifest says. Raises UserError, which ends with the cure, where it is missing, damaged, or has other keys.
-
-    One without `sha256`, from before manifests had it, is taken as it is.
-    """
+    """The content of a manifest. Raises UserError, which ends with the cure, if it is missing, damaged or of another shape."""
     text = read_text(path, cure)
     found = parse_json(text, lambda: str(path))
-    seal = found.pop("sha256", None) if isinstance(found, dict) else None
-    if seal is not None and text != sealed(found):
+    if not isinstance(found, dict) or found.pop("sha256", None) is None or text != sealed(found):
         raise UserError(f"{path}: changed or cut short since it was written; {cure}")
     try:
         return shape.model_validate(found).model_dump()
@@ -104,8 +110,7 @@ def read_manifest(path: Path, shape: type[Manifest], cure: str) -> dict[str, Any
 
 
 def read_text(path: Path, cure: str) -> str:
-    """A small text file, byte for byte. Raises UserError, which ends with the cure, where it is missing, a pickle, not UTF-8,
-    or beyond measure."""
+    """A small text file, byte for byte. Raises UserError, which ends with the cure, if it is missing, too large or not UTF-8."""
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_JSON + 1)
@@ -120,19 +125,20 @@ def read_text(path: Path, cure: str) -> str:
 
 
 def parse_json(text: str, place: Callable[[], str]) -> Any:
-    """What a JSON text says; `place` tells where it stands (file:line). Raises UserError where it is not JSON."""
+    """The value of a JSON text. Raises UserError, which begins with `place()` (file:line), if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place()}: not JSON: {error.msg} at column {error.colno}") from None
+        problem = f"not JSON: {error.msg} at column {error.colno}"
     except ValueError:
-        raise UserError(f"{place()}: a number with thousands of digits") from None
+        problem = "a number with thousands of digits"
     except RecursionError:
-        raise UserError(f"{place()}: JSON nested too deep") from None
+        problem = "JSON nested too deep"
+    raise UserError(f"{place()}: {problem}")
 
 
 def read_object(path: Path, cure: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where there is none."""
+    """The JSON object in a file. Raises UserError if it holds anything else."""
     found = parse_json(read_text(path, cure), lambda: str(path))
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object; {cure}")
@@ -140,8 +146,8 @@ def read_object(path: Path, cure: str) -> dict[str, Any]:
 
 
 def refuse_pickle(path: Path, cure: str) -> None:
-    """Raises UserError, which ends with the cure, for a file that is a pickle by its name or first bytes, and for a directory
-    that holds such: loading one would run what code it names."""
+    """Raises UserError, which ends with the cure, for a file whose name or first bytes are those of a pickle or a bare array, and
+    for a directory that holds such a file: loading a pickle can run any code."""
     if path.is_dir():
         found = next((file for file in sorted(path.iterdir()) if file.suffix.lower() in PICKLES), None)
     else:
@@ -156,5 +162,5 @@ def _begins_as_pickle(path: Path) -> bool:
             head = file.read(256)
     except OSError:
         return False
-    # Protocols 2 to 5; and torch.save's zip archive, whose first file that is.
+    # Protocols 2 to 5; and torch.save's zip archive, in which data.pkl comes first.
     return head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")) or (head.startswith(b"PK") and b"data.pkl" in head)

@@ -3,53 +3,62 @@
 Worked example, for a script with `class Config(Options): steps: int = option(10, "optimizer steps", ge=1)`:
 
     python script.py                           -> Config(steps=10)
-    python script.py run.toml                  -> Config(steps=20)   where run.toml holds `steps = 20`
+    python script.py run.toml                  -> Config(steps=20)   if run.toml contains `steps = 20`
     python script.py run.toml --steps=30       -> Config(steps=30)
-    python script.py --stepps=30               -> error: --stepps: no such option; did you mean --steps?   (exit status 2)
+    python script.py --stepps=30               -> error: --stepps=30: no such option; did you mean --steps?   (exit status 2)
 
-Nothing here imports torch, so that a mistyped option costs a fraction of a second.
+Nothing here imports torch, so that a mistyped option is reported in a fraction of a second.
 """
 
 import argparse
 import difflib
+import inspect
 import json
 import re
-import signal
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
 
-from papagaio.errors import STOP_SIGNALS, UserError, fail, leave
+from papagaio.errors import UserError, catch_signals, fail, leave
+
+OptionsT = TypeVar("OptionsT", bound="Options")
+# What an option means for a resumed run: it must be the same; it may change (free); it is a path whose content is compared
+# instead; or it has no part in training (ignored).
+Resume = Literal["same", "free", "content", "ignored"]
 
 
 class Options(BaseModel):
-    """Base of every script's configuration: frozen, and deaf to unknown keys and to NaN."""
+    """Base class of every script's options. Instances are frozen; unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)  # where the user set each option: "run.toml:3" or "--name"
+
+    def with_defaults(self, defaults: dict[str, Any]) -> Self:
+        """A copy with `defaults` for the options that the user has not set, validated again. Raises UserError with the place of
+        the user's option concerned if values do not fit together."""
+        chosen = {name: getattr(self, name) for name in self.model_fields_set}
+        return _build(type(self), defaults | chosen, self._places)
+
+    @classmethod
+    def by_resume(cls, *kinds: Resume) -> list[str]:
+        """The names of the options whose declaration has one of these values of `resume`."""
+        return [name for name, field in cls.model_fields.items() if field.json_schema_extra["resume"] in kinds]
 
 
-def option(default: Any, description: str, **bounds: Any) -> Any:
-    """Declare an option: its default (`...` if there is none), its help with the unit, and pydantic's bounds (ge, gt, le, lt).
-
-    An option that is a Python keyword is declared with an underscore after it: `from_` is --from.
-    """
-    return Field(default, description=description, **bounds)
-
-
-OptionsT = TypeVar("OptionsT", bound=Options)
+def option(default: Any, description: str, *, group: str = "Options", resume: Resume = "same", **bounds: Any) -> Any:
+    """Declare an option: its default (`...` if it is required), its help with the unit, its heading in --help, what it means for
+    a resumed run, and pydantic's bounds (ge, gt, le, lt). A Python keyword gets a trailing underscore: `from_` is --from."""
+    return Field(default, description=description, json_schema_extra={"group": group, "resume": resume}, **bounds)
 
 
 def parse(options: type[OptionsT], argv: list[str] | None = None, doc: str | None = None) -> OptionsT:
-    """Configuration of a script from its command line; ends the process with one line and status 2 on a user's mistake.
-
-    `doc` is the script's docstring, shown by --help.
-    """
-    if argv is None:  # torch has still to be imported: a signal that comes meanwhile ends the process quietly
-        for number in STOP_SIGNALS:
-            signal.signal(number, leave)
+    """The options on the command line; `doc` is shown by --help. A user's mistake ends the process with status 2."""
+    if argv is None:  # the script's next step is to import torch: a signal during that ends the process without a traceback
+        catch_signals(leave)
     try:
         return read_options(options, sys.argv[1:] if argv is None else argv, doc)
     except UserError as error:
@@ -57,35 +66,18 @@ def parse(options: type[OptionsT], argv: list[str] | None = None, doc: str | Non
 
 
 def read_options(options: type[OptionsT], argv: list[str], doc: str | None = None) -> OptionsT:
-    """As `parse`, but raises UserError."""
-    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help="TOML file with options, flat as on the command line")
-    for name, field in options.model_fields.items():
-        arity = _arity(field.annotation)
-        parser.add_argument(f"--{name.rstrip('_')}", dest=name, help=_help(field), default=argparse.SUPPRESS, **arity)
-    # Dashes and underscores are the same in a flag's name, never in its value.
+    """Like `parse`, but raises UserError."""
+    # Dashes and underscores are equal in a flag's name, but not in its value.
     argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
-    found, unknown = parser.parse_known_args(argv)
-    flags = vars(found)
+    found, unknown = _make_parser(options, doc).parse_known_args(argv)
     for word in unknown:
         if word.startswith("-"):
             raise UserError(f"{word}: no such option{_nearest(word.split('=')[0].lstrip('-'), options, '--')}")
         raise UserError(f"{word}: unexpected argument; options are written --key=value")
-
-    toml_path = flags.pop("config")
-    values, origin = _read_toml(options, Path(toml_path)) if toml_path else ({}, {})
-    for name, text in flags.items():
-        values[name] = _validate(options, name, text, f"--{name}={text if isinstance(text, str) else ' '.join(text)}")
-        origin[name] = f"--{name}"
-    try:
-        return options(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "missing":
-            raise UserError(f"--{key} is required: {options.model_fields[key].description}") from None
-        place = f"{origin[key]}: " if key in origin else f"{toml_path}: " if toml_path else ""
-        raise UserError(place + first["msg"].removeprefix("Value error, ")) from None
+    flags = vars(found)
+    path = flags.pop("config")
+    values, places = _read_toml(options, Path(path)) if path else ({}, {})
+    return _build(options, values | flags, places | {name: f"--{name.rstrip('_')}" for name in flags})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,8 +85,22 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
+def _make_parser(options: type[Options], doc: str | None) -> _Parser:
+    """An argparse parser with a heading for each group. A class's own options come before inherited ones."""
+    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="TOML file with options, written key = value")
+    own = inspect.get_annotations(options)
+    fields = sorted(options.model_fields.items(), key=lambda item: item[0] not in own)
+    titles = dict.fromkeys(field.json_schema_extra["group"] for _, field in fields)
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for name, field in fields:
+        group, arity = groups[field.json_schema_extra["group"]], _arity(field.annotation)
+        group.add_argument(f"--{name.rstrip('_')}", dest=name, help=_help(field), default=argparse.SUPPRESS, **arity)
+    return parser
+
+
 def _arity(annotation: Any) -> dict[str, Any]:
-    """argparse's arguments for a type: a bool needs no value, a tuple takes several, the rest take one."""
+    """argparse's arguments for a type: a bool needs no value, a tuple takes several, the others take one."""
     if annotation is bool:
         return {"nargs": "?", "const": "true", "metavar": "BOOL"}
     if get_origin(annotation) is tuple:
@@ -103,74 +109,88 @@ def _arity(annotation: Any) -> dict[str, Any]:
     return {"metavar": "|".join(literals) if literals else "X"}
 
 
-def _help(field: Any) -> str:
-    default = "required" if field.is_required() else "" if field.default is None else f"default: {field.default}"
-    bounds = [f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in _SIGNS.items() if hasattr(rule, key)]
-    notes = [note for note in (*bounds, default) if note]
-    return (field.description + (f" [{', '.join(notes)}]" if notes else "")).replace("%", "%%")
+def _help(field: FieldInfo) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    notes = [f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in signs.items() if hasattr(rule, key)]
+    if field.is_required():
+        notes.append("required")
+    elif field.default not in (None, ()):
+        notes.append(f"default: {field.default}")
+    return " ".join([field.description, *([f"[{', '.join(notes)}]"] if notes else [])]).replace("%", "%%")
 
 
-_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def _validate(options: type[Options], name: str, value: Any, place: str) -> Any:
-    """Check one value. Flags are text and are converted; TOML values have types already and must match (JSON's strict rules)."""
-    field = options.model_fields[name]
-    adapter = TypeAdapter(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+def _build(options: type[OptionsT], values: dict[str, Any], places: dict[str, str]) -> OptionsT:
+    """The options with these values; flags are text, which pydantic converts. Raises UserError for the first mistake."""
     try:
-        if not place.startswith("--"):
-            value = adapter.validate_json(json.dumps(value, default=str), strict=True)
-        elif isinstance(value, list):
-            value = adapter.validate_python(value)  # validate_strings knows no tuples
-        else:
-            value = adapter.validate_strings(value)
+        config = options(**values)
     except ValidationError as error:
-        raise UserError(f"{place}: {error.errors()[0]['msg']}") from None
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        raise UserError(f"{place}: a finite number is needed")
-    return value
+        first = min(error.errors(), key=lambda each: each["type"] == "missing")  # what is wrong before what is missing
+        if first["type"] == "missing":
+            name = str(first["loc"][0])
+            raise UserError(f"--{name.rstrip('_')} is required: {options.model_fields[name].description}") from None
+        raise UserError(_message(first, values, places)) from None
+    config._places = places
+    return config
+
+
+def _message(error: Any, values: dict[str, Any], places: dict[str, str]) -> str:
+    """One of pydantic's errors as a line that begins with the place of the option concerned."""
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # of several options, which the message names: those from the command line need no further place
+        named = [places[word] for word in re.findall(r"\w+", message) if word in places]
+        return ": ".join([*[place for place in named if not place.startswith("--")][:1], message])
+    name = error["loc"][0]
+    place, value = places.get(name, name), values[name]
+    if place.startswith("--"):
+        return f"{place}={' '.join(value) if isinstance(value, list) else value}: {message}"
+    return f"{place}: {name} = {value!r}: {message}"
 
 
 LARGEST_TOML = 2**18  # bytes
-# tomllib keeps every beginning of a dotted key: of one with 100,000 parts, tens of gigabytes.
+# tomllib keeps every prefix of a dotted key: tens of gigabytes for one with 100,000 parts.
 _DOTTED = re.compile(r"(?:[^.=\n]{1,64}\.){64}")
 
 
 def load_toml(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a TOML file, and what it says. Raises UserError where it is not one, or beyond measure."""
+    """The text of a TOML file and its content. Raises UserError if it is not TOML, or larger than any configuration."""
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST_TOML + 1).decode("utf-8")
         if len(text) > LARGEST_TOML or _DOTTED.search(text):
-            raise UserError(f"{path}: too long, or a key with too many dots; options are written one a line, key = value")
-        return text, tomllib.loads(text)
+            problem = "too long, or a key with too many dots; options are written one per line, key = value"
+        else:
+            return text, tomllib.loads(text)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; the configuration must be a TOML file") from None
+        problem = f"{error.strerror}; the configuration must be a TOML file"
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; the configuration must be a TOML file") from None
-    except UserError:
-        raise
-    except ValueError as error:  # a number of thousands of digits is one that is not TOMLDecodeError
-        raise UserError(f"{path}: not TOML: {error}") from None
+        problem = f"not UTF-8 at byte {error.start}; the configuration must be a TOML file"
+    except ValueError as error:  # not only TOMLDecodeError: int() refuses numbers of thousands of digits
+        problem = f"not TOML: {error}"
     except RecursionError:
-        raise UserError(f"{path}: TOML nested too deep; options are written one a line, key = value") from None
+        problem = "TOML nested too deep; options are written one per line, key = value"
+    raise UserError(f"{path}: {problem}")
 
 
 def _read_toml(options: type[Options], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Options of a TOML file, and for each the place (file:line) where it stands."""
+    """The options in a TOML file, and the place (file:line) of each. Their types must match exactly: "3" is not a number."""
     text, table = load_toml(path)
-    values, origin = {}, {}
+    values, places = {}, {}
     for key, value in table.items():
         line = next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[?[\"']?{re.escape(key)}\b", row)), 1)
         name = key.replace("-", "_")
         name = f"{name}_" if f"{name}_" in options.model_fields else name
-        origin[name] = f"{path}:{line}"
         if name not in options.model_fields:
             raise UserError(f"{path}:{line}: {key} = {value!r}: no such option{_nearest(name, options)}")
-        values[name] = _validate(options, name, value, f"{path}:{line}: {key} = {value!r}")
-    return values, origin
+        values[name], places[name] = value, f"{path}:{line}"
+    try:  # pydantic's strict mode knows paths and tuples only from JSON
+        options.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:  # what is missing, or does not fit together, may still be set by flags
+        for wrong in error.errors():
+            if wrong["loc"] and wrong["loc"][0] in values:
+                raise UserError(_message(wrong, values, places)) from None
+    return values, places
 
 
 def _nearest(name: str, options: type[Options], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, options.model_fields, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists them all"
+    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists all options"

@@ -1,10 +1,10 @@
 """Text <-> token ids: bytes, characters, or byte-pair encoding run by tiktoken.
 
     tokenizer = train_bpe(["to be or not to be"], vocab_size=300)
-    tokenizer.encode("to be")            -> [258, 264], say: ordinary text only, whatever it spells
-    tokenizer.encode_array("to be")      -> the same ids in a NumPy array, and faster: for corpora
+    tokenizer.encode("to be")            -> [258, 264], say; never a special token, whatever the text spells
+    tokenizer.encode_array("to be")      -> the same ids as a NumPy array, and faster: for corpora
     tokenizer.decode([258, 264])         -> "to be"
-    tokenizer.special["<|endoftext|>"]   -> 295, an id that no text is encoded to
+    tokenizer.special["<|endoftext|>"]   -> 295, an id that no text encodes to
     save_tokenizer(tokenizer, path); load_tokenizer(path)
 
 Every tokenizer reserves the same five special tokens, so that fine-tuning never changes the vocabulary.
@@ -13,9 +13,7 @@ Every tokenizer reserves the same five special tokens, so that fine-tuning never
 import base64
 import binascii
 import hashlib
-import os
 import re
-import tempfile
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable
@@ -37,39 +35,45 @@ END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|end|>",  # ends a message
 )
 
-# Which pieces byte-pair merges stay inside: GPT-2's rule (openai/gpt-2, src/encoder.py), and GPT-4's with digits in groups of
-# one to three (tiktoken's cl100k_base).
+# Byte-pair merges stay inside the words that these match: GPT-2's pattern (openai/gpt-2, src/encoder.py), and GPT-4's, which
+# groups digits by one to three (tiktoken's cl100k_base).
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
 )
-# Where a long text may be cut without changing its tokens: after a letter that stands before a blank or a mark, which both
-# patterns above always part. A stretch ends at the first such place after 2,048 characters, by force after 65,536.
-_STRETCH = re.compile(r"(?s).{2048}(?:.{0,63487}?[^\W\d_](?=[ \t\r\n.,;:!?()])|.{63488})|.+")
+# A long text may be cut without changing its tokens after a letter that is followed by whitespace or punctuation: both patterns
+# above end a word there. A chunk ends at the first such place after 2,048 characters, and in any case after 65,536.
+_CHUNK = re.compile(r"(?s).{2048}(?:.{0,63487}?[^\W\d_](?=[ \t\r\n.,;:!?()])|.{63488})|.+")
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of _format_ranks(), 50,256 lines
 
 
 class Tokenizer(ABC):
-    """What every kind shares. `special` maps the special tokens to their ids; vocab_size counts them too."""
+    """Base class. Ids 0 to n - 1 are ordinary tokens; `special` maps the special tokens to the ids that follow.
+
+    `vocab_size` counts all of them. `pattern` is the regular expression of words, None if there is none.
+    """
 
     kind: str
-    special: dict[str, int]
-    vocab_size: int
+    pattern: str | None = None
+
+    def __init__(self, n_ordinary: int) -> None:
+        self.special = {name: n_ordinary + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = n_ordinary + len(SPECIAL_TOKENS)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text: "<|end|>" in it becomes the ids of these seven characters. Raises UserError where it cannot."""
+        """Ids of ordinary text: "<|end|>" becomes the ids of these seven characters. Raises UserError if a character has none."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one ordinary token; they need not be whole UTF-8 characters."""
+        """The bytes of an ordinary token, which need not be whole UTF-8 characters."""
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What tokenizer.json holds: all that is needed to build the tokenizer again, but for the ranks."""
+        """The content of tokenizer.json."""
+        return {"kind": self.kind, "pattern": self.pattern, "special_tokens": self.special}
 
     def encode_array(self, text: str) -> NDArray[np.integer]:
-        """The ids of `encode` as an array; a long text is cut into `stretches`, and each is encoded by itself."""
+        """The ids of `encode` as an array."""
         return np.array(self.encode(text), np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -77,12 +81,12 @@ class Tokenizer(ABC):
         return b"".join(names[token] if token in names else self.token_bytes(token) for token in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens are spelled out, bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids. Special tokens are spelled out, bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @cached_property
     def byte_lengths(self) -> list[int]:
-        """UTF-8 bytes of each token, 0 for the special ones: what bits per byte are counted with."""
+        """UTF-8 bytes of each token, 0 for special tokens: what bits per byte are computed from."""
         special = set(self.special.values())
         return [0 if token in special else len(self.token_bytes(token)) for token in range(self.vocab_size)]
 
@@ -93,13 +97,12 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of UTF-8; the special tokens follow."""
+    """One token per byte of UTF-8."""
 
     kind = "byte"
 
     def __init__(self) -> None:
-        self.special = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.vocab_size = 256 + len(SPECIAL_TOKENS)
+        super().__init__(256)
 
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
@@ -110,20 +113,16 @@ class ByteTokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "pattern": None, "special_tokens": self.special}
-
 
 class CharTokenizer(Tokenizer):
-    """One id a character of the corpus, in code point order; the special tokens follow."""
+    """One token per character of the corpus, in the order of code points."""
 
     kind = "char"
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = sorted(set(characters))
         self.ids = {character: i for i, character in enumerate(self.characters)}
-        self.special = {name: len(self.ids) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.vocab_size = len(self.ids) + len(SPECIAL_TOKENS)
+        super().__init__(len(self.ids))
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -139,26 +138,20 @@ class CharTokenizer(Tokenizer):
         return self.characters[token].encode("utf-8")
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "pattern": None,
-            "special_tokens": self.special,
-            "characters": "".join(self.characters),
-        }
+        return super().describe() | {"characters": "".join(self.characters)}
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding: `ranks` maps byte strings to ids 0 to n - 1 in order of merging; tiktoken applies them."""
+    """Byte-pair encoding: `ranks` maps byte strings to ids 0 to n - 1 in the order of merging; tiktoken applies the merges."""
 
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, ranks_text: bytes | None = None) -> None:
-        """`ranks_text` is what _format_ranks makes of the ranks, where that is at hand already."""
+        """`ranks_text`: the ranks in tiktoken's text format, if the caller has it."""
         import tiktoken
 
+        super().__init__(len(ranks))
         self.kind, self.ranks, self.pattern = kind, ranks, pattern
         self.ranks_text = ranks_text or _format_ranks(ranks)
-        self.special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
-        # The special tokens are unknown to tiktoken, so that it cannot find them in a text.
+        # Without special tokens, so that tiktoken cannot find them in a text.
         self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
@@ -167,91 +160,78 @@ class BPETokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> NDArray[np.integer]:
         _utf8(text)
-        parts = []
-        for stretch in stretches(text):
-            if stretch.isascii() and self.pattern in (GPT2_PATTERN, GPT4_PATTERN):
-                parts.append(self._pieces.encode(stretch))
-            else:
-                parts.append(self.encoding.encode_to_numpy(stretch))
+        cached = self.pattern in (GPT2_PATTERN, GPT4_PATTERN)
+        tiktoken = self.encoding.encode_to_numpy
+        parts = [self._words.encode(part) if cached and part.isascii() else tiktoken(part) for part in text_chunks(text)]
         return np.concatenate(parts) if parts else np.array([], np.uint32)
 
     @cached_property
-    def _pieces(self) -> "_Pieces":
-        return _Pieces(self.pattern, self.encoding.encode_ordinary)
+    def _words(self) -> "_WordCache":
+        return _WordCache(self.pattern, self.encoding.encode_ordinary)
 
     def token_bytes(self, token: int) -> bytes:
         return self.encoding.decode_single_token_bytes(token)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "pattern": self.pattern,
-            "special_tokens": self.special,
-            "ranks_sha256": hashlib.sha256(self.ranks_text).hexdigest(),
-        }
+        return super().describe() | {"ranks_sha256": hashlib.sha256(self.ranks_text).hexdigest()}
 
 
-class _Pieces(dict[str, bytes]):
-    """The ids of pieces met before, as the bytes of an uint32 array: most words of a corpus have been seen already.
+class _WordCache(dict[str, bytes]):
+    """The ids of words, as the bytes of an uint32 array: most words of a corpus have been seen before.
 
-    Looking one up and joining takes half the time of merging its bytes anew. Only for ASCII text, where Python's `re` and
-    the pattern's own \\p{L}, \\p{N} and \\s agree on every character.
+    A lookup takes half the time of merging. Only for ASCII text, on which Python's `re` and the pattern's own \\p{L}, \\p{N} and
+    \\s agree.
     """
 
-    LARGEST = 2**18  # pieces, some 50 MB; then it starts afresh
+    LARGEST = 2**18  # words, about 50 MB; a full cache is emptied
 
-    def __init__(self, pattern: str, encode_piece: Callable[[str], list[int]]) -> None:
+    def __init__(self, pattern: str, encode_word: Callable[[str], list[int]]) -> None:
         classes = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9", r"\s": r"\t-\r ", r"\S": r"^\t-\r "}
-        # Inside brackets a class stands as it is, outside it gets brackets of its own.
-        parts = re.split(r"(\[[^]]*\])", pattern)
+        parts = re.split(r"(\[[^]]*\])", pattern)  # odd ones are in brackets; the others need brackets around the class
         for name, characters in classes.items():
             parts = [part.replace(name, characters if i % 2 else f"[{characters}]") for i, part in enumerate(parts)]
         self.find = re.compile("".join(parts)).findall
-        self.encode_piece = encode_piece
+        self.encode_word = encode_word
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         if len(self) > self.LARGEST:
             self.clear()
         return np.frombuffer(b"".join(map(self.__getitem__, self.find(text))), np.uint32)
 
-    def __missing__(self, piece: str) -> bytes:
-        ids = array("I", self.encode_piece(piece)).tobytes()
-        if len(piece) <= 64:
-            self[piece] = ids
+    def __missing__(self, word: str) -> bytes:
+        ids = array("I", self.encode_word(word)).tobytes()
+        if len(word) <= 64:
+            self[word] = ids
         return ids
 
 
-def stretches(text: str) -> list[str]:
-    """Cut a text into stretches of some thousand characters; their tokens, one after the other, are those of the whole.
+def text_chunks(text: str) -> list[str]:
+    """Cut a text into chunks of some thousand characters; the concatenated tokens of the chunks are those of the text.
 
-    The last stretch may be short. A run of 65,536 characters without a place to cut is cut all the same.
+    The last chunk may be short. A run of 65,536 characters without a place to cut is cut all the same, which may change tokens.
     """
-    return _STRETCH.findall(text)
+    return _CHUNK.findall(text)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT4_PATTERN) -> BPETokenizer:
-    """Learn byte-pair merges from texts, until there are vocab_size tokens, the five special ones among them.
+    """Learn byte-pair merges from texts until there are `vocab_size` tokens, with the five special ones.
 
-    A small corpus has no more pairs to merge at some point: then there are fewer. Raises UserError for vocab_size < 261.
+    There are fewer if a small corpus has no more pairs to merge. Raises UserError for vocab_size < 261.
     """
     import rustbpe
 
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise UserError(
-            f"--vocab_size={vocab_size}: a bpe tokenizer needs at least {smallest} (256 bytes and the special tokens)"
-        )
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise UserError(f"--vocab_size={vocab_size}: must be at least 261 (256 bytes and the special tokens)")
     trainer = rustbpe.Tokenizer()
-    # It counts some texts at a time, in all cores; more of them at once would only take memory.
+    # It counts the words of some texts at a time, on all cores; a larger buffer would only take more memory.
     trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), buffer_size=1024, pattern=pattern)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    return BPETokenizer("bpe", ranks, pattern)
+    return BPETokenizer("bpe", {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, pattern)
 
 
 def gpt2_tokenizer(ranks_file: Path | None = None) -> BPETokenizer:
-    """GPT-2's vocabulary: from a file in tiktoken's format, else through tiktoken's own cache or download.
+    """GPT-2's vocabulary, from a file in tiktoken's format or else from tiktoken's cache or download.
 
-    Raises UserError for a file that is not GPT-2's, MachineError where tiktoken can neither find nor fetch it.
+    Raises UserError if the file is another one, MachineError if tiktoken can neither find nor download the vocabulary.
     """
     if ranks_file is not None:
         ranks, text = _read_ranks(ranks_file)
@@ -266,22 +246,12 @@ def gpt2_tokenizer(ranks_file: Path | None = None) -> BPETokenizer:
     except (requests.RequestException, OSError) as error:
         raise MachineError(
             f"GPT-2's vocabulary is not in tiktoken's cache and cannot be downloaded ({type(error).__name__}); "
-            "name a file in tiktoken's format with --ranks, or set TIKTOKEN_CACHE_DIR to a filled cache"
+            "give a file in tiktoken's format with --ranks, or set TIKTOKEN_CACHE_DIR to a filled cache"
         ) from None
 
 
-def cached_gpt2_tokenizer() -> BPETokenizer | None:
-    """GPT-2's vocabulary if tiktoken has anything in its cache; never waits for a network where it has not."""
-    names = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # where tiktoken/load.py looks, and in this order
-    cache = next((os.environ[name] for name in names if name in os.environ), Path(tempfile.gettempdir(), "data-gym-cache"))
-    try:
-        return gpt2_tokenizer() if any(Path(cache).iterdir()) else None
-    except (MachineError, OSError):
-        return None
-
-
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write tokenizer.json and, for byte-pair encoding, ranks.tiktoken into a directory, made if missing."""
+    """Write tokenizer.json and, for byte-pair encoding, ranks.tiktoken into a directory, which is made if missing."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(to_json(tokenizer.describe()), encoding="utf-8")
     if isinstance(tokenizer, BPETokenizer):
@@ -289,23 +259,23 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer saved in a directory. Raises UserError where it is missing, damaged or not one."""
+    """The tokenizer saved in a directory. Raises UserError if it is missing or damaged."""
     path = directory / "tokenizer.json"
     cure = "a tokenizer directory holds a tokenizer.json, as data/prepare.py writes it"
     found = read_object(path, cure)
-    kind = found.get("kind")
+    kind, pattern = found.get("kind"), found.get("pattern")
     if kind == "byte":
         tokenizer: Tokenizer = ByteTokenizer()
     elif kind == "char" and isinstance(found.get("characters"), str):
         tokenizer = CharTokenizer(found["characters"])
-    elif kind in ("bpe", "gpt2") and isinstance(found.get("pattern"), str):
+    elif kind in ("bpe", "gpt2") and isinstance(pattern, str):
         ranks, text = _read_ranks(directory / "ranks.tiktoken")
         try:
-            tokenizer = BPETokenizer(kind, ranks, found["pattern"], text)
+            tokenizer = BPETokenizer(kind, ranks, pattern, text)
         except ValueError as error:
-            raise UserError(f"{path}: tiktoken does not take this pattern: {error}") from None
+            raise UserError(f"{path}: tiktoken does not accept this pattern: {error}") from None
         if found.get("ranks_sha256") != hashlib.sha256(text).hexdigest():
-            raise UserError(f"{directory / 'ranks.tiktoken'}: damaged: its sha256 is not the one that tokenizer.json has")
+            raise UserError(f"{directory / 'ranks.tiktoken'}: damaged: its sha256 is not the one in tokenizer.json")
     else:
         raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe or gpt2")
     if to_json(tokenizer.describe()) != read_text(path, cure):  # byte for byte
@@ -321,12 +291,12 @@ def _utf8(text: str) -> bytes:
 
 
 def _format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """tiktoken's text format: a token in base64, a blank, its rank."""
+    """Ranks in tiktoken's text format: on each line a token in base64, a space, its rank."""
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
 
 
 def _read_ranks(path: Path) -> tuple[dict[bytes, int], bytes]:
-    """The ranks in a file of tiktoken's text format, and its text."""
+    """The ranks in a file of tiktoken's text format, and its content."""
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -339,7 +309,7 @@ def _read_ranks(path: Path) -> tuple[dict[bytes, int], bytes]:
         except ValueError:
             rank = b""
         if rank != b"%d" % (number - 1) or len(ranks) != number:
-            raise UserError(f"{path}:{number}: not tiktoken's format: base64, a blank, and the rank {number - 1}")
+            raise UserError(f"{path}:{number}: not tiktoken's format: base64, a space, and the rank {number - 1}")
     if not all(bytes([byte]) in ranks for byte in range(256)):
-        raise UserError(f"{path}: only {len(ranks)} ranks, which lack some of the 256 bytes; those at least must be there")
+        raise UserError(f"{path}: {len(ranks)} ranks, which lack some of the 256 bytes")
     return ranks, text

@@ -15,6 +15,7 @@ import torch
 
 from papagaio.corpus.dataset import SPLITS, Dataset, ShardWriter, token_dtype
 from papagaio.errors import run
+from papagaio.files import sealed
 from papagaio.options import parse
 from papagaio.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, save_tokenizer
 from papagaio.training.optimizers import make_optimizers
@@ -98,7 +99,7 @@ def make_dataset(
             "shards": writer.done,
         }
     manifest = {"tokenizer_sha256": tokenizer.sha256, "dtype": token_dtype(tokenizer).name, "splits": splits}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(sealed(manifest))
     return Dataset(path)
 
 

@@ -25,7 +25,7 @@ def snapshot(directory: Path) -> dict[str, str]:
 
 
 def reseal(checkpoint: Path) -> None:
-    """Write the manifest anew, so that what was changed in a checkpoint passes for what was saved."""
+    """Write the manifest again, so that it verifies the changed files."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json")
     manifest = {"files": {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}}
     (checkpoint / "manifest.json").write_text(sealed(manifest))
@@ -33,7 +33,7 @@ def reseal(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def corner(world: Path, script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the cases need: another tokenizer's data and run, damaged checkpoints, wrong questions."""
+    """The files that the cases need: data and a run with another tokenizer, damaged checkpoints, wrong questions."""
     home = tmp_path_factory.mktemp("corner")
     corpus = ["--input", world / "corpus.jsonl"]
     assert script("data/prepare.py", *corpus, "--out", home / "chars", "--tokenizer=char").returncode == 0
@@ -95,7 +95,7 @@ def corner(world: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
 
 
 def write_texts(home: Path) -> None:
-    """Files of text and rows that are not what they should be."""
+    """Wrong files of text and of rows."""
     (home / "folder").mkdir()
     (home / "occupied").mkdir()
     (home / "occupied" / "thesis.txt").write_text("mine")
@@ -126,7 +126,7 @@ def write_texts(home: Path) -> None:
 
 
 def write_others(home: Path) -> None:
-    """Checkpoints and datasets of other programs, and some whose files are as their manifests say, and still wrong."""
+    """Checkpoints and datasets of other programs, and wrong ones that their manifests verify."""
     torch.save({"weight": torch.zeros(2)}, home / "weights.pt")
     for folder, name in (("theirs", "pytorch_model.bin"), ("nano", "train.bin")):
         (home / folder).mkdir()
@@ -225,19 +225,19 @@ CASES = [
     *(
         ("finetune", f"--init_from={{w}}/base --out_dir={{c}}/out --data {{c}}/{name}", 2, message)
         for name, message in (
-            ("key.jsonl", "key.jsonl:2: the keys question: none of the shapes with messages; question and answer"),
+            ("key.jsonl", "key.jsonl:2: the keys question: none of the known shapes of a row: messages; question and answer"),
             ("role.jsonl", "role.jsonl:2: messages.1.role: Input should be 'system', 'user' or 'assistant'"),
             ("twice.jsonl", "twice.jsonl:2: after an optional system message, user and assistant must take turns"),
             ("number.jsonl", "number.jsonl:2: messages.1.content: Input should be a valid string"),
             ("unanswered.jsonl", "unanswered.jsonl:2: the last message must be the assistant's"),
             ("weightless.jsonl", "weightless.jsonl:2: weight: Input should be greater than 0"),
-            ("pair.jsonl", "pair.jsonl:2: chosen and rejected answers and plain ones in one file"),
+            ("pair.jsonl", "pair.jsonl:2: rows with one answer and rows with chosen and rejected answers need files"),
             ("same.jsonl", "same.jsonl:2: chosen and rejected are the same"),
-            ("empty.jsonl", "empty.jsonl:1: empty answer; nothing is left to learn from"),
-            ("all_long.jsonl", "all_long.jsonl:1: longer than the context of 64 tokens; nothing is left to learn"),
+            ("empty.jsonl", "empty.jsonl:1: empty answer; nothing is left to train on"),
+            ("all_long.jsonl", "all_long.jsonl:1: longer than the context of 64 tokens; nothing is left to train on"),
             ("all_long.jsonl --too_long=truncate", "all_long.jsonl:1: no room for an answer in the context of 64"),
             ("table.csv", "table.csv:3: 2 columns are needed"),
-            ("list.json", "list.json:2: the keys question: none of the shapes"),
+            ("list.json", "list.json:2: the keys question: none of the known shapes"),
             ("good.jsonl:0", "good.jsonl:0: the weight after the colon must be a positive number"),
             ("good.jsonl:many", "good.jsonl:many: no such file"),
             ("good.jsonl {c}/pairs.jsonl --val_data={w}/qa_test.jsonl", "rows do not go together"),
@@ -281,7 +281,12 @@ CASES = [
     ("evaluate", "--checkpoint={c}/nowhere --questions={c}/good.jsonl", 2, "nowhere: no such run"),
     ("evaluate", "--checkpoint={w}/base --questions={c}/nowhere.jsonl", 2, "nowhere.jsonl: no such file"),
     ("evaluate", "--checkpoint={w}/base --questions={c}/broken.jsonl", 2, "broken.jsonl:2: not JSON"),
-    ("evaluate", "--checkpoint={w}/base --questions={c}/pairs.jsonl", 2, "pairs.jsonl:1: chosen and rejected answers, where"),
+    (
+        "evaluate",
+        "--checkpoint={w}/base --questions={c}/pairs.jsonl",
+        2,
+        "pairs.jsonl:1: a row with chosen and",
+    ),
     ("evaluate", "--checkpoint={w}/base --choices={c}/good.jsonl", 2, "good.jsonl:1: question, choices and answer are needed"),
     ("evaluate", "--checkpoint={w}/base --choices={c}/quiz.jsonl", 2, "quiz.jsonl:1: question, choices and answer are needed"),
     ("evaluate", "--checkpoint={w}/base --text={c}/chars", 2, "chars: its tokenizer is not that of"),
@@ -307,15 +312,12 @@ CASES = [
     ("sample", "--checkpoint={w}/base --logit_bias=the=2", 2, "must be written ID=VALUE"),
     ("sample", "--checkpoint={w}/base --banned_tokens=99999", 2, "token 99999: the vocabulary has the ids 0 to 299"),
     ("sample", "--checkpoint={w}/base --min_new_tokens=9 --max_new_tokens=8", 2, "min_new_tokens 9 is above max_new_tokens 8"),
-    ("sample", "--checkpoint={w}/base --prompt_file={c}/none.txt", 2, "none.txt: no such file"),
     ("sample", "--checkpoint={w}/base --prompts={c}/none.txt", 2, "none.txt: no such file"),
     ("sample", "--checkpoint={w}/base --prompts={c}/broken.jsonl", 2, 'broken.jsonl:1: an object with a text under "prompt"'),
-    ("sample", "--checkpoint={w}/base --prompts={c}/empty.txt", 2, "empty.txt: no prompts in there"),
+    ("sample", "--checkpoint={w}/base --prompts={c}/empty.txt", 2, "empty.txt: no prompts in this file"),
     ("sample", "--checkpoint={w}/base --prompts={c}/latin.txt", 2, "latin.txt:2: not UTF-8 at byte 1"),
-    ("sample", "--checkpoint={w}/base --prompt_file={c}/latin.txt", 2, "latin.txt: not UTF-8 at byte 6"),
     ("sample", "--checkpoint={w}/base --prompt=a --prompts={c}/latin.txt", 2, "exclude each other"),
     ("sample", "--checkpoint={w}/base --logprobs=3", 2, "logprobs needs --json"),
-    ("sample", "--checkpoint={w}/base --strict --prompt=" + "x" * 300, 2, "the model sees the last 64: shorten it"),
     ("chat", "--checkpoint={c}/nowhere --ask=hi", 2, "nowhere: no such run"),
     ("chat", "--checkpoint={w}/chat --ask=" + "x" * 300, 2, "ask a shorter one"),
     ("prepare", "", 2, "--input and --out are required"),
@@ -367,7 +369,7 @@ CASES = [
             ("--input={c}/strange.txt --part=2/2", "parts are counted from 0 to n - 1"),
             ("--input={c}/strange.txt --part=first", "--part=first"),
             ("--input=- --part=0/2", "standard input cannot be shared"),
-            ("--input={c}/strange.txt --out={c}/occupied", "occupied: there is something that is not a dataset"),
+            ("--input={c}/strange.txt --out={c}/occupied", "occupied: exists and is not a dataset"),
             ("--input={c}/strange.txt --out={c}/chars", "chars: a dataset made from other input or with other options"),
         )
     ),
@@ -403,7 +405,7 @@ CASES = [
             ("--data={c}/quote.csv", "quote.csv:2: not CSV"),
             ("--data={c}/much.csv", "much.csv:2: weight: 'much' is not a number"),
             ("--data={c}/not.parquet", "not.parquet: not a whole .parquet file"),
-            ("--data={c}/empty.txt", "empty.txt: no questions and answers in there"),
+            ("--data={c}/empty.txt", "empty.txt: no questions and answers in this file"),
             ("--data={c}/good.jsonl --val_data={c}/nowhere.jsonl", "nowhere.jsonl: no such file"),
             ("--data={c}/good.jsonl --test_data={c}/broken.jsonl", "broken.jsonl:2: not JSON"),
             ("--data={w}/qa_train.jsonl --replay_data={w}/base", "base/manifest.json: No such file"),
@@ -443,8 +445,8 @@ CASES = [
             ("--text={c}/folder", "folder: a directory without files"),
             ("--text={c}/edited_data", "manifest.json: changed or cut short since it was written"),
             ("--questions={c}/train.bin", "train.bin: papagaio reads no pickles"),
-            ("--questions={c}/empty.txt", "empty.txt: no questions and answers in there"),
-            ("--choices={c}/empty.txt", "empty.txt: no questions with choices in there"),
+            ("--questions={c}/empty.txt", "empty.txt: no questions and answers in this file"),
+            ("--choices={c}/empty.txt", "empty.txt: no questions with choices in this file"),
             ("--choices={c}/deep.json", "deep.json:1: JSON nested too deep"),
             ("--questions={c}/good.jsonl --shots_data={c}/nowhere.jsonl", "nowhere.jsonl: no such file"),
             ("--questions={c}/good.jsonl --shots=-1", "--shots=-1"),
@@ -456,10 +458,10 @@ CASES = [
         ("sample", f"--checkpoint={{w}}/base {more}", 2, message)
         for more, message in (
             ("--prompts={c}/deep.jsonl", "deep.jsonl:1: JSON nested too deep"),
-            ("--prompt_file={c}/utf16.txt", "utf16.txt: not UTF-8 at byte 0"),
+            ("--prompts={c}/utf16.txt", "utf16.txt:1: not UTF-8 at byte 0"),
             ("--show_probs --json", "show_probs is for people"),
             ("--dtype=float8", "--dtype=float8"),
-            ("--forced_tokens=-1", "token -1: the vocabulary has the ids 0 to 299"),
+            ("--banned_tokens=-1", "token -1: the vocabulary has the ids 0 to 299"),
             ("--logit_bias=5", "must be written ID=VALUE"),
             ("--stop", "--stop"),
         )

@@ -1,6 +1,7 @@
 """Decoding with the cache against the model without: logits, greedy tokens, beyond the context, beside Hugging Face."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from hypothesis import strategies as st
 from test_model import hugging_face_gpt2, hugging_face_nanochat, random_ids, random_model
 from torch import nn
 
-from model import GPT, PRESETS
-from papagaio.generation import engine as generation
+from model import GPT, PRESETS, GPTConfig
+from papagaio.generation import decoding
 from papagaio.generation.cache import Cache
-from papagaio.generation.engine import Request, complete, generate, greedy_batch
+from papagaio.generation.engine import Engine, Request
 from papagaio.generation.layers import Int8Linear, RowLinear, prepare
 from papagaio.generation.options import SamplingOptions
+from papagaio.runtime import computes_bfloat16
+from papagaio.tokenizer import ByteTokenizer
 
 VARIANTS = {
     "modern": {},
@@ -25,13 +28,25 @@ VARIANTS = {
     "sinusoidal": {"position": "sinusoidal", "n_kv_head": 1},
     "learned and smeared": {"position": "learned", "smear": True, "bigram_rows": 50, "value_embed_interval": 1, "n_kv_head": 2},
 }
+
+
+@pytest.fixture
+def restore_onednn() -> Iterator[None]:
+    enabled = torch.backends.mkldnn.enabled
+    yield
+    torch.backends.mkldnn.enabled = enabled
+
+
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def greedy(gpt: GPT, prompt: list[int], count: int) -> list[int]:
-    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=count)
-    return list(generate(gpt, prompt, options, block_size=gpt.config.block_size))
+    return greedy_batch(gpt, [prompt], count)[0]
+
+
+def greedy_batch(gpt: GPT, prompts: list[list[int]], count: int, end: int = -1) -> list[list[int]]:
+    return Engine(gpt, ByteTokenizer()).greedy(prompts, count, end)
 
 
 @torch.no_grad()
@@ -93,13 +108,20 @@ def test_greedy_output_is_the_uncached_one(variant: str) -> None:
     assert greedy_batch(gpt, prompts, 12, end=97) == expected
 
 
+def with_windows(gpt: GPT, **options: object) -> GPT:
+    """The same model with a longer context, of which every layer sees no more than before."""
+    longer = random_model(**options | {"block_size": 400})
+    longer.load_state_dict(gpt.state_dict())
+    windows = [window or gpt.config.block_size for window in gpt.config.windows]
+    longer.config = type("Config", (GPTConfig,), {"windows": windows})(**dataclasses.asdict(longer.config))
+    return longer
+
+
 @pytest.mark.parametrize("variant", ["modern", "grouped", "frontier", "windows"])
 def test_rotary_positions_go_on_beyond_the_context_by_dropping_the_oldest(variant: str) -> None:
     """As a model whose every block looks back block_size tokens at most would."""
     gpt = random_model(**VARIANTS[variant])
-    longer = random_model(**VARIANTS[variant] | {"block_size": 400})
-    longer.load_state_dict(gpt.state_dict())
-    longer.windows = [window or 32 for window in gpt.windows]
+    longer = with_windows(gpt, **VARIANTS[variant])
     prompt = random_ids(1, 20)[0].tolist()
     assert greedy(gpt, prompt, 320) == uncached(longer, prompt, 320)  # more than the slots there are: they are used again
 
@@ -109,16 +131,14 @@ def test_rotary_positions_go_on_beyond_the_context_by_dropping_the_oldest(varian
 def test_every_token_beyond_the_context_sees_as_many_as_before(variant: str) -> None:
     """Also right after room was made: 300 tokens do not fit into 256 slots."""
     gpt = random_model(**VARIANTS[variant])
-    longer = random_model(**VARIANTS[variant] | {"block_size": 400})
-    longer.load_state_dict(gpt.state_dict())
-    longer.windows = [window or 32 for window in gpt.windows]
+    longer = with_windows(gpt, **VARIANTS[variant])
     ids, cache, found = random_ids(2, 300), Cache(gpt.config, 2), []
     for start in range(0, 300, 5):
         part = ids[:, start : start + 5]
         cache.make_room(5)
         found.append(gpt.logits(gpt.hidden(part, cache=cache)))
         cache.advance(part, [5, 5])
-    assert cache.slots == 256
+    assert cache.rows.slots == 256
     assert (torch.cat(found, 1) - longer(ids)).abs().max() < 1e-4
 
 
@@ -131,14 +151,10 @@ def test_other_positions_begin_again_with_half_the_context(variant: str) -> None
     assert greedy_batch(gpt, [prompt[:3], prompt], 70, end=97)[1] == expected
 
 
-def test_a_context_that_is_full_is_said_once() -> None:
-    gpt, said = random_model(), []
-    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=40)
-    for _ in complete(gpt, [Request([1] * 10)] * 2, options, block_size=32, notice=lambda: said.append(1)):
-        pass
-    assert said == [1]
-    list(complete(gpt, [Request([1])], options.model_copy(update={"max_new_tokens": 31}), block_size=32, notice=said.clear))
-    assert said == [1]
+def test_steps_tell_when_the_context_is_full() -> None:
+    engine = Engine(random_model(), ByteTokenizer())
+    steps = list(engine.complete([Request([1] * 10)] * 2, SamplingOptions(temperature=0, max_new_tokens=40), end=(), banned=()))
+    assert [step.truncated for step in steps] == [i >= 23 for i in range(40)] * 2
 
 
 @pytest.mark.parametrize(("options", "twin"), [(PRESETS["gpt2"], hugging_face_gpt2), ({"n_kv_head": 2}, hugging_face_nanochat)])
@@ -159,18 +175,28 @@ def test_layers_for_decoding_are_linear(rows: int, outputs: int) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(128, outputs), torch.randn(rows, 1, 128)
     expected = layer(x)
-    enabled = torch.backends.mkldnn.enabled
     assert torch.allclose(RowLinear(layer.weight, layer.bias)(x), expected, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         half = RowLinear(layer.weight.bfloat16(), layer.bias)(x)
         assert half.dtype == torch.bfloat16
         assert torch.allclose(half, layer(x), atol=0.02)
-    assert torch.backends.mkldnn.enabled == enabled
     eight = Int8Linear(layer.weight, layer.bias)
     rounded = eight.weight * eight.scale[:, None]
     assert (rounded - layer.weight).abs().max() <= layer.weight.abs().max() / 254 * 1.001, "half a step"
     exact = x.bfloat16().float() @ rounded.T + layer.bias
     assert torch.allclose(eight(x), exact, atol=0.02)
+
+
+def test_in_bfloat16_a_batch_of_rows_gives_the_same_whether_onednn_is_on_or_not(restore_onednn: None) -> None:
+    """prepare switches it off for products of one row; the products of several rows must not lose it."""
+    if not computes_bfloat16("cpu"):
+        pytest.skip("no bfloat16 in this CPU")
+    layer, x = nn.Linear(128, 96).bfloat16(), torch.randn(5, 7, 128).bfloat16()
+    expected = layer(x)
+    gpt = random_model().bfloat16()
+    prepare(gpt)
+    assert not torch.backends.mkldnn.enabled
+    assert torch.equal(RowLinear(layer.weight, layer.bias)(x), expected)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -190,17 +216,17 @@ def test_a_prepared_model_gives_nearly_the_same_logits(variant: str, quantize: s
 def test_the_compiled_step_gives_the_same_tokens(variant: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that end at different times, and requests that wait; on a CPU the compiler's front end alone."""
     if device == "cpu":
-        compiled_step = torch.compile(generation.next_logits, backend="eager", dynamic=False)
-        monkeypatch.setattr(generation, "compiled_next_logits", lambda device_type: compiled_step)
+        compiled_step = torch.compile(decoding.next_logits, backend="eager", dynamic=False)
+        monkeypatch.setattr(decoding, "compiled_next_logits", lambda device_type: compiled_step)
     gpt = random_model(**VARIANTS[variant]).to(device)
     prepare(gpt)
     requests = [Request(random_ids(1, length)[0].tolist()) for length in (9, 2, 5)]
-    options = SamplingOptions(checkpoint="", temperature=0, max_new_tokens=14)
+    options = SamplingOptions(temperature=0, max_new_tokens=14)
 
     def tokens(compiled: bool, end: list[int]) -> list[list[int]]:
-        more = {"block_size": 32, "batch_size": 2, "device": torch.device(device), "compiled": compiled, "end": end}
+        engine = Engine(gpt, ByteTokenizer(), compiled=compiled)
         found: list[list[int]] = [[], [], []]
-        for step in complete(gpt, requests, options, **more):
+        for step in engine.complete(requests, options, batch_size=2, end=end, banned=()):
             found[step.index].append(step.token.id)
         return found
 

@@ -14,10 +14,10 @@ from backports import zstd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from papagaio.corpus import reading as corpus
+from papagaio.corpus import reading, tables
 from papagaio.corpus import text as textfiles
-from papagaio.corpus.reading import ReadingOptions, list_spans, read
-from papagaio.corpus.tables import long_json
+from papagaio.corpus.reading import list_spans, read
+from papagaio.corpus.spans import ReadingOptions
 from papagaio.errors import UserError
 
 TEXTS = [f"document {i}, naïve 🦜\n\n" * (1 + i % 3) for i in range(40)]
@@ -26,8 +26,8 @@ TEXTS = [f"document {i}, naïve 🦜\n\n" * (1 + i % 3) for i in range(40)]
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """Limits so low that a few hundred bytes are a large file."""
-    limits = [(corpus, "LEAF_BYTES", 64), (textfiles, "BLOCK_BYTES", 16)]
-    limits += [(textfiles, "LONG_RECORD", 48), (textfiles, "SEPARATOR_BYTES", 32)]
+    limits = [(reading, "LEAF_BYTES", 64), (textfiles, "BLOCK_BYTES", 16), (textfiles, "SEPARATOR_BYTES", 32)]
+    limits += [(textfiles, "LONG_RECORD", 48), (tables, "LONG_RECORD", 48)]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in limits:
             patch.setattr(module, name, value)
@@ -111,7 +111,7 @@ def test_spans_share_a_file_without_loss(tmp_path_factory: pytest.TempPathFactor
     with small_blocks():
         shared = texts_of(path, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "LEAF_BYTES", 2**30)
+        patch.setattr(reading, "LEAF_BYTES", 2**30)
         assert shared == texts_of(path, **options)
     if split == "none":
         assert shared == [path.read_bytes().decode()]
@@ -144,44 +144,14 @@ def test_blank_lines_part_documents(tmp_path: Path) -> None:
     ]
 
 
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6) | st.just("text"), inner, max_size=4),
-    max_leaves=10,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.text(max_size=6), values, max_size=4), st.text(max_size=60), st.booleans(), st.integers(1, 30))
-@example({"text": "x"}, '\\"\ud83e\udd9c\\', True, 1)
-def test_a_long_json_line_is_read_as_json_reads_it(others: dict, text: str, ascii_only: bool, size: int) -> None:
-    text = "".join(c for c in text if not "\ud800" <= c <= "\udfff") + "🦜é"
-    line = json.dumps(others | {"text": text}, ensure_ascii=ascii_only)
-    blocks = [line[i : i + size] for i in range(0, len(line), size)]
-    fragments = list(long_json(blocks, "text", lambda: "here"))
-    assert "".join(fragment.text for fragment in fragments) == text
-    assert [fragment.first for fragment in fragments] == [True] + [False] * (len(fragments) - 1)
-    assert [fragment.last for fragment in fragments] == [False] * (len(fragments) - 1) + [True]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a" "b"}', "not JSON"),
-        ('{"text": "abc', "not JSON"),
-        ('{"text": "a\\uzzzzzzzzzzzz"}', "not JSON"),
-        ('{"text": "a\\q"}', "not JSON"),
-        ('{"text": "a"}}', "not JSON"),
-        ('{"body": "a"}', "no text under"),
-        ('{"x": {"text": "a"}, "y": "text"}', "no text under"),
-        ('["text", "a"]', "no text under"),
-        ('{"text": 3}', "no text under"),
-    ],
-)
-def test_a_long_line_that_is_wrong_is_refused(line: str, message: str) -> None:
-    for size in (1, 3, 100):
-        with pytest.raises(UserError, match=f"here: {message}"):
-            list(long_json([line[i : i + size] for i in range(0, len(line), size)], "text", lambda: "here"))
+def test_a_line_of_json_may_be_long_but_not_endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'a "quoted" 🦜, a \\ and a line\nbreak' * 9
+    (tmp_path / "a.jsonl").write_text('{"text": "short"}\n' + json.dumps({"id": [1, {"text": "no"}], "text": text}) + "\n")
+    with small_blocks():
+        assert texts_of(tmp_path / "a.jsonl") == ["short", text]
+        monkeypatch.setattr(tables, "LONGEST_LINE", 100)
+        with pytest.raises(UserError, match=r"a\.jsonl:2: a line of more than 100 characters; make several documents of it"):
+            texts_of(tmp_path / "a.jsonl")
 
 
 def test_a_document_of_many_blocks_stays_whole(tmp_path: Path) -> None:
@@ -200,7 +170,7 @@ def truncated_parquet(path: Path) -> bytes:
 
 LINES = b'{"text": "good"}\n' * 3516
 BAD = [
-    ("latin.txt", b"abc\ndef\xe9 g", {}, r"latin\.txt:2: not utf-8 at byte 7; name its --encoding"),
+    ("latin.txt", b"abc\ndef\xe9 g", {}, r"latin\.txt:2: not utf-8 at byte 7; give its --encoding"),
     ("wide.txt", "text".encode("utf-16"), {}, r"wide\.txt:1: begins like UTF-16"),
     ("nul.txt", b"a\nb\nc\0d", {}, r"nul\.txt:3: a NUL byte"),
     ("broken.jsonl", LINES + b'{"text": "b"\n', {}, r"broken\.jsonl:3517: not JSON"),

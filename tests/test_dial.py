@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import GPT, PRESETS, GPTConfig
-from papagaio.batches.windows import Batch
+from papagaio import kernels
+from papagaio.batches.windows import Batch, likelihood
 from papagaio.errors import UserError
 from papagaio.training.dial import MAX_EPOCHS, batch_tokens, by_budget, by_depth, matrix_weights, shape
 from papagaio.training.dry_run import memory_parts
@@ -47,7 +48,8 @@ def test_a_depth_gives_a_whole_run_and_touches_nothing_given(
 def test_weights_are_counted_as_the_model_counts_them() -> None:
     for depth in (1, 3):
         gpt = GPT(GPTConfig(vocab_size=128, **shape(depth, 32)))
-        assert matrix_weights(depth, 128) == gpt.num_matrix_parameters()
+        attention = 12 * gpt.config.n_embd * 32 * depth
+        assert 6 * matrix_weights(depth, 128) == gpt.flops_per_token() - attention
 
 
 def test_batches_grow_with_the_run_from_1024_to_524288() -> None:
@@ -89,7 +91,7 @@ def test_train_says_what_it_chose_and_why_and_a_resumed_run_keeps_it(world: Path
     assert done.returncode == 0, done.stderr
     chosen = [line for line in done.stderr.splitlines() if line.startswith("chosen: ")]
     assert any("n_layer" in line and "channels" in line for line in chosen)
-    assert any("batch_size" in line and "tokens a step" in line for line in chosen)
+    assert any("batch_size" in line and "tokens per step" in line for line in chosen)
     first = tomllib.loads((run / "config.toml").read_text())
     assert first["block_size"] == 32
     assert first["max_steps"] == 3
@@ -141,9 +143,10 @@ def test_memory_is_what_a_step_keeps(preset: str, recompute: bool) -> None:
     def make() -> GPT:
         return GPT(GPTConfig(vocab_size=90, n_layer=2, n_head=2, n_embd=32, block_size=32, **PRESETS[preset]))
 
-    parts = memory_parts(make, config, micro, torch.device("cpu"))
-    gpt = make()
-    gpt.recompute = recompute
+    parts = memory_parts(make, likelihood, config, micro, torch.device("cpu"))
+    gpt = kernels.accelerate(make())
+    if recompute:
+        kernels.checkpoint_activations(gpt)
     saved: dict[int, int] = {}
     own = {p.data_ptr() for p in gpt.parameters()}
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from model import GPT, GPTConfig
 from papagaio.files import file_sha256
-from papagaio.runs.checkpoint import open_checkpoint
+from papagaio.runs.directory import open_checkpoint
 from papagaio.training.metrics import read_metrics
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--sample_tokens=0"]

@@ -25,6 +25,7 @@ from papagaio.evaluation import (
     text_batches,
     words,
 )
+from papagaio.generation.engine import Engine
 from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -106,7 +107,7 @@ def test_shots_are_of_the_questions_kind_and_never_the_question_itself() -> None
         shots = choose_shots(pool, row, 5)
         assert len(shots) == 5
         assert {shot.kind for shot in shots} == {row.kind}
-        assert row.said not in {shot.said for shot in shots}
+        assert row.key not in {shot.key for shot in shots}
         assert shots == choose_shots(pool, row, 5)
     shots = choose_shots(pool, pool[0], 12)
     assert [shot.kind for shot in shots] == ["b"] * 3 + ["a"] * 9
@@ -115,7 +116,7 @@ def test_shots_are_of_the_questions_kind_and_never_the_question_itself() -> None
 
 def test_nats_and_perplexity_are_their_definitions(gpt: GPT) -> None:
     questions = [([1, 2, 3], [4, 5]), ([6], [7]), ([8] * 30, [1] * 9), ([9, 9], [2, 3, 4])]
-    nats = answer_nats(gpt, questions, 32, torch.float32, batch_size=2)
+    nats = answer_nats(Engine(gpt, BYTES), questions, batch_size=2)
     for (prompt, answer), found in zip(questions, nats.tolist(), strict=True):
         if len(prompt) + len(answer) > 33:
             assert math.isnan(found)
@@ -131,17 +132,17 @@ def test_nats_and_perplexity_are_their_definitions(gpt: GPT) -> None:
 @pytest.mark.parametrize("shots", [None, []])
 def test_the_choice_is_the_one_most_probable_by_the_byte(gpt: GPT, shots: list | None) -> None:
     rows = [Choice(question=f"q{i}", choices=["red", "a longer one", "é", "blue"], answer=0) for i in range(5)]
-    picked = choose(gpt, BYTES, rows, 32, torch.float32, shots)
+    picked = choose(Engine(gpt, BYTES), rows, shots)
     for row, found in zip(rows, picked, strict=True):
         pairs = [question_ids(BYTES, talk(row.question, choice), shots, 32, 0) for choice in row.choices]
-        nats = answer_nats(gpt, pairs, 32, torch.float32).tolist()
+        nats = answer_nats(Engine(gpt, BYTES), pairs).tolist()
         assert found == int(np.argmin([n / len(c.encode()) for n, c in zip(nats, row.choices, strict=True)]))
     with torch.no_grad():
         gpt.head.weight.zero_()  # now each token costs the same: 5/4, 7/6 and 3/2 of it a byte, the end included
     even = [Choice(question="q", choices=["reds", "éçã", "ab"], answer=0)]
-    assert choose(gpt, BYTES, even, 32, torch.float32, shots) == [1]
+    assert choose(Engine(gpt, BYTES), even, shots) == [1]
     long = [Choice(question="q" * 40, choices=["a", "b"], answer=0)]
-    assert choose(gpt, BYTES, long, 32, torch.float32, shots) == [-1]
+    assert choose(Engine(gpt, BYTES), long, shots) == [-1]
 
 
 def test_two_checkpoints_side_by_side(world: Path, tmp_path: Path, call: Call) -> None:

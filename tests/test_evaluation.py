@@ -1,6 +1,5 @@
 """papagaio/evaluation.py, metrics.py, plots.py and checkpoint.py: measured by hand beside what they say."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -13,12 +12,15 @@ from papagaio.batches.conversations import Conversation, render_prompt
 from papagaio.batches.windows import ValidationWindows
 from papagaio.errors import UserError
 from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
-from papagaio.runs.checkpoint import contents, open_checkpoint, prune, steps_saved, write_checkpoint
+from papagaio.generation.engine import Engine
+from papagaio.runs.checkpoint import contents, write_checkpoint
+from papagaio.runs.directory import open_checkpoint, prune, steps_saved
 from papagaio.tokenizer import ByteTokenizer
 from papagaio.training.metrics import RunLog, read_metrics
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions
 from papagaio.training.plots import plot_losses
+from papagaio.training.progress import Progress
 
 BYTES = ByteTokenizer()
 
@@ -62,7 +64,7 @@ def test_answers_are_the_models_greedy_ones_and_counted_right(gpt: GPT) -> None:
         return Conversation(messages=turns, kind=kind)
 
     questions = [ask("ab", "x" * 4), ask("c", "x" * 4), ask("toolong" * 5, "x", "b")]
-    answers = answer_questions(gpt, BYTES, questions, 16, torch.float32)
+    answers = answer_questions(Engine(gpt, BYTES), questions)
     for answer in answers[:2]:
         ids = render_prompt(BYTES, answer.conversation.messages[:-1])
         said: list[int] = []
@@ -79,7 +81,7 @@ def test_answers_are_the_models_greedy_ones_and_counted_right(gpt: GPT) -> None:
         gpt.norm.weight.data.zero_()
         gpt.norm.bias.data.fill_(1.0)
         gpt.head.weight[260] = 1
-    empty = answer_questions(gpt, BYTES, [ask("a", "x"), ask("b", "y")], 16, torch.float32)
+    empty = answer_questions(Engine(gpt, BYTES), [ask("a", "x"), ask("b", "y")])
     assert [(a.text, a.ended, a.correct) for a in empty] == [("", True, False)] * 2
     mixed = [empty[0], empty[1]._replace(correct=True), answers[2]]
     assert exact_match_line(mixed) == "0.333 (1/3)"
@@ -89,15 +91,15 @@ def test_answers_are_the_models_greedy_ones_and_counted_right(gpt: GPT) -> None:
 
 def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     config = RunOptions(out_dir=tmp_path, max_steps=9)
-    with RunLog(config, 0, 0) as log:
-        log.log(1, 10, train_loss=3.0, tokens_per_second=1.0)
-        log.log(2, 20, val_loss=2.0)
+    with RunLog(config, Progress()) as log:
+        log.write(Progress(step=1, tokens=10), train_loss=3.0, tokens_per_second=1.0)
+        log.write(Progress(step=2, tokens=20), val_loss=2.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "tok')  # cut short by a crash
-    with RunLog(config, 1, 1) as log:
-        assert log.elapsed_seconds >= read_metrics(tmp_path / "metrics.jsonl")[0]["elapsed_seconds"]
-        log.log(2, 20, val_loss=1.0)
+    with RunLog(config, Progress(step=1, metrics_lines=1)) as log:
+        log.write(Progress(step=2, tokens=20), val_loss=1.0)
     lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[1]["elapsed_seconds"] >= lines[0]["elapsed_seconds"]
     assert [(line["step"], line.get("val_loss")) for line in lines] == [(1, None), (2, 1.0)]
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 5000
@@ -106,10 +108,9 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
 def test_checkpoints_are_whole_equal_and_come_back(gpt: GPT, tmp_path: Path) -> None:
     optimizers = trained(gpt)
     state = {"step": 7, "optimizer": "muon"}
-    fields = dataclasses.asdict(gpt.config)
     path, other = (tmp_path / name / "checkpoints" / "step-7" for name in "ab")
     for place in (path, other):
-        write_checkpoint(place, contents(gpt, fields, optimizers, state), BYTES)
+        write_checkpoint(place, contents(gpt, optimizers, state), BYTES)
     assert (path / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
     (path.parent / "last").write_text("step-7\n")
     checkpoint = open_checkpoint(tmp_path / "a")

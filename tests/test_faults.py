@@ -20,7 +20,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -30,18 +29,18 @@ import pytest
 import torch
 from conftest import Call, make_dataset
 
-import train
 from finetune import FinetuneOptions
 from model import GPT, GPTConfig
-from papagaio.files import file_sha256
+from papagaio.files import file_sha256, sealed
 from papagaio.runs import saver
-from papagaio.runs.checkpoint import open_checkpoint, steps_saved
-from papagaio.runs.directory import ELSEWHERE, MAY_CHANGE, NO_PART, newest
+from papagaio.runs.directory import newest, open_checkpoint, steps_saved
 from papagaio.runs.saver import Saver
 from papagaio.tokenizer import load_tokenizer
 from papagaio.training.guard import WINDOW
-from papagaio.training.metrics import TOLD, RunLog, read_metrics
+from papagaio.training.metrics import RunLog, read_metrics
 from papagaio.training.options import RunOptions
+from papagaio.training.progress import Progress
+from papagaio.training.step import TrainingStep
 from train import TrainOptions
 
 CLOCKS = ("elapsed_seconds", "tokens_per_second")
@@ -56,7 +55,7 @@ class Ended(NamedTuple):
 
 
 def in_one_thread(first: Callable[[], None] | None) -> None:
-    """Processes of several threads each slow one another down tenfold when something else is on the machine."""
+    """On a busy machine, processes with several threads each slow one another down tenfold."""
     torch.set_num_threads(1)
     if first is not None:
         first()
@@ -98,7 +97,7 @@ def runner(tmp_path: Path) -> Runner:
 
 
 def command_of(kind: str, world: Path, folder: Path, steps: int) -> list[object]:
-    """A run with dropout, accumulation, and more steps than an epoch has, but for --out_dir."""
+    """The command of a run with dropout, accumulation and more than one epoch; the caller adds --out_dir."""
     common = [f"--max_steps={steps}", *OFTEN]
     if kind == "pretraining":
         return ["train.py", "--data", world / "data", *SMALL, *common, "--dropout=0.1", "--micro_batch_size=2"]
@@ -109,12 +108,12 @@ def command_of(kind: str, world: Path, folder: Path, steps: int) -> list[object]
         asked = ({"prompt": f"Which {i}?", "chosen": "red.", "rejected": f"red, {i}!"} for i in range(30))
         pairs.write_text("".join(json.dumps(row) + "\n" for row in asked))
         return [*tuning, "--data", pairs, "--dropout=0.1"]
-    more = ["--lora_rank=2", "--lora_dropout=0.1"] if kind == "adapters" else ["--dropout=0.1", "--replay_data", world / "data"]
-    return [*tuning, "--data", world / "qa_train.jsonl", *more]
+    more = ["--lora_rank=2"] if kind == "adapters" else ["--replay_data", world / "data"]
+    return [*tuning, "--data", world / "qa_train.jsonl", "--dropout=0.1", *more]
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """The sha256 of every file of the last checkpoint, and the metrics but for the clock."""
+    """The sha256 of every file of the last checkpoint, and the metrics except for times."""
     last = run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
     files = {str(path.relative_to(last)): file_sha256(path) for path in last.rglob("*") if path.is_file()}
     lines = [{key: value for key, value in line.items() if key not in CLOCKS} for line in read_metrics(run / "metrics.jsonl")]
@@ -122,7 +121,7 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def assert_whole(run: Path) -> None:
-    """Whatever is named a checkpoint verifies, and `last` and `best` name such."""
+    """Every checkpoint directory verifies, and `last` and `best` name checkpoints."""
     steps = steps_saved(run / "checkpoints")
     for step in steps:
         open_checkpoint(run / "checkpoints" / f"step-{step}")
@@ -136,7 +135,7 @@ def assert_whole(run: Path) -> None:
 
 
 def assert_clean(run: Path) -> None:
-    """Nothing temporary is left."""
+    """No temporary files are left."""
     left = [path.name for path in run.rglob("*") if path.name.endswith((".tmp", ".old"))]
     assert left == []
 
@@ -145,7 +144,7 @@ def assert_clean(run: Path) -> None:
 
 
 def kill_somewhere(kind: str, steps: int, kills: int, world: Path, folder: Path, runner: Runner) -> int:
-    """Runs that are killed once each at a random moment and resumed; returns how many had begun to save."""
+    """Kill several runs at a random moment each and resume them; returns how many had saved a checkpoint."""
     command = command_of(kind, world, folder, steps)
     runner(*command, "--help")  # the first one takes longer
     started = time.perf_counter()
@@ -185,7 +184,7 @@ def test_kill_9_at_random_moments(kind: str, kills: int, world: Path, tmp_path: 
 
 
 def traced(number: int, options: list[str], log: str) -> None:
-    """In the process of a run: strace looks at the `number`-th save, with these options, and writes what it sees into a file."""
+    """Called in the process of a run: attach strace to the `number`-th save, with these options; it writes to the file `log`."""
     save, saves = Saver._save, 0
 
     def watched(self: Saver, *values: object) -> None:
@@ -238,7 +237,7 @@ CHANGING = (
 
 @pytest.fixture(scope="module")
 def save_calls(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], list[tuple[str, int]]]:
-    """The outcome of an undisturbed run, and every system call of its second save: (name, which of that name)."""
+    """The outcome of an undisturbed run, and the system calls of its second save: (name, its number among those of that name)."""
     folder = tmp_path_factory.mktemp("calls")
     (folder / "streams").mkdir()
     command = [*command_of("pretraining", world, folder, 15), *SAVE_COMMAND, "--out_dir", folder / "run"]
@@ -292,7 +291,7 @@ def test_kill_9_in_every_system_call_of_a_save(save_calls: tuple, world: Path, t
 
 
 def fail_in_a_call(name: str, which: int, error: str, expected: object, world: Path, folder: Path, runner: Runner) -> Ended:
-    """A run whose second save meets an error: it goes on, and ends as it would have."""
+    """A run in whose second save a system call fails: it goes on, and has the same outcome."""
     run = folder / f"{name}{which}{error}"
     command = [*command_of("pretraining", world, folder, 15), *SAVE_COMMAND, "--out_dir", run]
     options = ["-e", f"trace={name}", "-e", f"inject={name}:error={error}:when={which}"]
@@ -341,7 +340,7 @@ def test_a_disk_that_fails_at_each_write_of_a_save(
 
 
 def signal_somewhere(number: int, moment: float, expected: object, world: Path, run: Path, runner: Runner) -> str:
-    """A run that gets a signal after so many seconds, and is resumed; returns how it ended."""
+    """Send a run a signal after `moment` seconds, and resume it; returns how it ended."""
     command = [*command_of("pretraining", world, run, 120), "--out_dir", run]
     process = runner.start(command)
     time.sleep(moment)
@@ -350,7 +349,7 @@ def signal_somewhere(number: int, moment: float, expected: object, world: Path, 
     assert "Traceback" not in done.err
     steps = steps_saved(run / "checkpoints")
     made = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "train_loss" in line]
-    # Python takes a moment until it can note a signal: then there is no run yet.
+    # At start-up Python cannot handle a signal yet, and there is no run yet.
     assert done.status in (128 + number, 0) or (done.status == -number and not made), done
     if done.status == 128 + number and made:
         saved = int(re.search(r"stopped by a signal; saved at step (\d+)", done.err)[1])
@@ -379,7 +378,7 @@ def signals(kinds: list[int], count: int, world: Path, folder: Path, runner: Run
 
 
 def test_signals_sample(world: Path, tmp_path: Path, runner: Runner) -> None:
-    signals([signal.SIGUSR1], 2, world, tmp_path, runner)
+    signals([signal.SIGUSR1, signal.SIGHUP], 1, world, tmp_path, runner)
 
 
 @pytest.mark.slow
@@ -388,7 +387,7 @@ def test_signals_at_20_moments(world: Path, tmp_path: Path, runner: Runner) -> N
 
 
 def slow_evaluation() -> None:
-    """In the process of a run: an evaluation takes a minute."""
+    """Called in the process of a run: make evaluations take a minute."""
     import papagaio.evaluation
 
     quick = papagaio.evaluation.evaluate_loss
@@ -403,7 +402,7 @@ def slow_evaluation() -> None:
 
 
 def slow_save() -> None:
-    """In the process of a run: a save takes a minute."""
+    """Called in the process of a run: make saves take a minute."""
     write = Saver._write
 
     def slow(self: Saver, *values: object) -> None:
@@ -434,7 +433,7 @@ def test_a_signal_breaks_off_an_evaluation(number: int, world: Path, tmp_path: P
 
 
 def slow_second_evaluation() -> None:
-    """In the process of a run: the evaluation after step 0's takes a minute."""
+    """Called in the process of a run: make all evaluations but the first take a minute."""
     import papagaio.evaluation
 
     quick, count = papagaio.evaluation.evaluate_loss, 0
@@ -488,32 +487,25 @@ def weights_sha256(model: GPT) -> str:
 
 
 class Watched:
-    """A model whose loss or gradient becomes what is given at some steps; `before` and `after` hold its weights' hash."""
+    """Replaces the loss or gradient of some training steps; `before` holds the hash of the weights before each step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, part: str, values: dict[int, float]) -> None:
         self.before: dict[int, str] = {}
-        make, gradients = train.make_model, train.gradients
+        accumulate = TrainingStep.accumulate_gradients
 
-        def watched_model(*arguments: object) -> GPT:
-            self.model = make(*arguments)
-            return self.model
-
-        def watched_gradients(model: GPT, batches: object, objective: object, *more: object) -> float:
-            step = more[3]["step"] + 1
-            self.before[step] = weights_sha256(model)
-            factor = values.get(step, 1.0)
-
-            def changed(model: GPT, batch: object) -> torch.Tensor:
-                loss = objective(model, batch)
-                return loss * factor if part == "loss" else loss
-
-            loss = gradients(model, batches, changed, *more)
+        def watched(step: TrainingStep, batches: object) -> float:
+            number, objective, self.model = step.progress.step + 1, step.objective, step.model
+            self.before[number] = weights_sha256(step.model)
+            factor = values.get(number, 1.0)
+            if part == "loss":
+                step.objective = lambda model, batch: objective(model, batch) * factor
+            loss = accumulate(step, batches)
+            step.objective = objective
             if part == "gradient" and factor != 1.0:
-                model.head.weight.grad[3, 5] = factor
+                step.model.head.weight.grad[3, 5] = factor
             return loss
 
-        monkeypatch.setattr(train, "make_model", watched_model)
-        monkeypatch.setattr(train, "gradients", watched_gradients)
+        monkeypatch.setattr(TrainingStep, "accumulate_gradients", watched)
 
 
 NUMBERS = ["train", "--max_steps=12", "--checkpoint_interval=4", "--eval_interval=100", "--log_interval=1", *SMALL]
@@ -544,7 +536,7 @@ def test_steps_in_a_row_that_may_be_left_out(world: Path, tmp_path: Path, call: 
     command = [*NUMBERS, "--data", world / "data", "--out_dir", tmp_path / "run"]
     status, _, err = call(*command, "--on_nonfinite=skip:2")
     assert status == 0, err
-    assert err.count("It is left out") == 4
+    assert err.count("It is skipped") == 4
     assert watched.before[3] == watched.before[4] == watched.before[5] != watched.before[6]
     lines = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train_loss" in line]
     assert lines == [1, 2, 5, 6, 7, 10, 11, 12]
@@ -553,15 +545,14 @@ def test_steps_in_a_row_that_may_be_left_out(world: Path, tmp_path: Path, call: 
     assert "at step 4" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("answer", ["report", "skip"])
-def test_a_loss_that_leaps(answer: str, world: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_leaps(world: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, "loss", {5: 30.0, WINDOW + 9: 30.0})
-    command = [*NUMBERS, "--data", world / "data", "--out_dir", tmp_path / "run", f"--on_spike={answer}"]
+    command = [*NUMBERS, "--data", world / "data", "--out_dir", tmp_path / "run"]
     status, _, err = call(*command, f"--max_steps={WINDOW + 12}")
     assert status == 0, err
     (warning,) = [line for line in err.splitlines() if "leaps" in line]  # too early to tell at step 5
     assert re.search(rf"at step {WINDOW + 9}, \d+\.\d sigma above .*train-00000.npy\[", warning)
-    assert (watched.before[WINDOW + 9] == watched.before[WINDOW + 10]) == (answer == "skip")
+    assert watched.before[WINDOW + 9] != watched.before[WINDOW + 10], "it is reported only"
 
 
 # One run, one directory
@@ -626,18 +617,28 @@ def test_another_run_is_not_resumed_and_all_that_differs_is_named(world: Path, t
     assert "data_sha256 was" in err
 
 
-def test_every_option_is_known_to_be_fixed_or_not() -> None:
-    for names in (MAY_CHANGE, ELSEWHERE, NO_PART, TOLD):
-        assert set(names) <= TrainOptions.model_fields.keys() | FinetuneOptions.model_fields.keys()
-    assert not set(TOLD) & set(ELSEWHERE)
-    paths = {
-        name
-        for options in (TrainOptions, FinetuneOptions)
-        for name, field in options.model_fields.items()
-        if "Path" in str(field.annotation)
-    }
-    assert paths <= set(ELSEWHERE)
-    assert not paths & set(TOLD)
+@pytest.mark.parametrize("options", [TrainOptions, FinetuneOptions])
+def test_no_path_is_compared_or_told_to_wandb(options: type[RunOptions]) -> None:
+    paths = {name for name, field in options.model_fields.items() if "Path" in str(field.annotation)} | {"data"}
+    assert paths == {"out_dir", *options.by_resume("content")}
+    assert "out_dir" in options.by_resume("ignored")
+
+
+def test_a_checkpoint_of_another_version_is_not_resumed(world: Path, tmp_path: Path, call: Call) -> None:
+    command = ["train", *command_of("pretraining", world, tmp_path, 5)[1:], "--out_dir", tmp_path / "run"]
+    assert call(*command)[0] == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-5"
+    whole = json.loads((checkpoint / "state.json").read_text())
+    wrong = [{key: value for key, value in whole.items() if key != "tokens"}, whole | {"more": 1}, whole | {"tokens": "many"}]
+    for state in wrong:
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["files"]["state.json"] = file_sha256(checkpoint / "state.json")
+        del manifest["sha256"]
+        (checkpoint / "manifest.json").write_text(sealed(manifest))
+        status, _, err = call(*command, "--resume", "--max_steps=6")
+        assert status == 2
+        assert f"{checkpoint}/state.json: made by another version of papagaio" in err.splitlines()[-1]
 
 
 # Resources
@@ -656,15 +657,15 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(
 
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """At every other micro-batch that is too large: a gradient is there already then."""
+    """Memory runs out at every second micro-batch that is too large, when gradients have been accumulated already."""
     forward, large = GPT.forward, 0
 
-    def limited(self: GPT, ids: torch.Tensor, *more: object) -> torch.Tensor:
+    def limited(self: GPT, ids: torch.Tensor, *more: object, **named: object) -> torch.Tensor:
         nonlocal large
         large += len(ids) > size and self.training
         if len(ids) > size and self.training and large % 2 == 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return forward(self, ids, *more)
+        return forward(self, ids, *more, **named)
 
     monkeypatch.setattr(GPT, "forward", limited)
 
@@ -717,16 +718,16 @@ def test_without_memory_for_a_copy_the_files_are_the_same(
 def test_a_full_disk_costs_no_line_of_the_metrics(tmp_path: Path) -> None:
     path, said = tmp_path / "metrics.jsonl", []
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunLog(RunOptions(out_dir=tmp_path, max_steps=9), 0, 0) as log:
+    with RunLog(RunOptions(out_dir=tmp_path, max_steps=9), Progress()) as log:
         log.say = said.append
-        log.log(1, 10, val_loss=3.0)
+        log.write(Progress(step=1, tokens=10), val_loss=3.0)
         try:  # a few bytes more are taken, as by a disk that is nearly full
             resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, unlimited[1]))
-            log.log(2, 20, val_loss=2.0)
+            log.write(Progress(step=2, tokens=20), val_loss=2.0)
             assert [line["step"] for line in read_metrics(path)] == [1]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        log.log(3, 30, val_loss=1.0)
+        log.write(Progress(step=3, tokens=30), val_loss=1.0)
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     assert sum("metrics.jsonl could not be written: File too large" in line for line in said) == 1
 
@@ -742,8 +743,8 @@ def test_a_save_holds_what_the_weights_were(world: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(saver, "write_checkpoint", late)
     before = weights_sha256(model)
-    with RunLog(config, 0, 0) as log, Saver(config, tokenizer, log, None) as saving:
-        saving.save(model, asdict(model.config), [], {"step": 1})
+    with RunLog(config, Progress()) as log, Saver(config, tokenizer, log, None) as saving:
+        saving.save(model, [], {"step": 1})
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1.0)

@@ -11,8 +11,9 @@ from conftest import COLOURS, NAMES, Call
 from safetensors.torch import load_file
 
 from papagaio.files import file_sha256
-from papagaio.runs.checkpoint import open_checkpoint
+from papagaio.runs.directory import open_checkpoint
 from papagaio.training.metrics import RunLog, read_metrics
+from papagaio.training.progress import Progress
 
 
 def tune(world: Path, out: Path, *more: object) -> list[object]:
@@ -34,7 +35,7 @@ def newest(run: Path) -> Path:
     return run / "checkpoints" / (run / "checkpoints" / "last").read_text().strip()
 
 
-def test_what_is_learnt_is_reported(world: Path, tmp_path: Path, call: Call) -> None:
+def test_what_is_supervised_is_reported(world: Path, tmp_path: Path, call: Call) -> None:
     rows = [json.loads(line) for line in (world / "qa_train.jsonl").read_text().splitlines()]
     long = {"question": "why " * 100, "answer": "so"}
     extra = write(tmp_path / "extra.jsonl", rows[0], {"question": "q", "answer": ""}, long, {"question": "q", "answer": "new"})
@@ -55,7 +56,7 @@ def test_what_is_learnt_is_reported(world: Path, tmp_path: Path, call: Call) -> 
     assert status == 0, err
     said = err
     assert re.search(
-        r"^21 conversations to learn, 1 held out; \d+ tokens, \d+ of them supervised; the longest has \d+", said, re.M
+        r"^21 conversations to train on, 1 held out; \d+ tokens, \d+ of them supervised; the longest has \d+", said, re.M
     )
     assert f"dropped, a duplicate: 1 ({extra}:1)" in said
     assert f"dropped, empty answer: 1 ({extra}:2)" in said
@@ -174,7 +175,7 @@ def comparable(run: Path) -> dict[str, str]:
 def test_resume_ends_where_an_uninterrupted_run_does(kind: str, world: Path, tmp_path: Path, call: Call) -> None:
     more: dict[str, list[object]] = {
         "answers": ["--dropout=0.1", "--replay_data", world / "data", "--micro_batch_size=4"],
-        "lora": ["--lora_rank=2", "--lora_dropout=0.2"],
+        "lora": ["--lora_rank=2", "--dropout=0.1"],
         "preferences": ["--data", preferences(tmp_path / "pairs.jsonl"), "--learning_rate=2e-4", "--dropout=0.1"],
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -182,15 +183,15 @@ def test_resume_ends_where_an_uninterrupted_run_does(kind: str, world: Path, tmp
     status, _, err = call("finetune", *tune(world, whole, *more[kind], *steps))
     assert status == 0, err
     command = tune(world, parts, *more[kind], *steps)
-    log = RunLog.log
+    write_line = RunLog.write
 
-    def interrupt(self: RunLog, step: int, *values: object, **more: float) -> None:
-        log(self, step, *values, **more)
-        if step == 12:
+    def interrupt(self: RunLog, progress: Progress, **values: float) -> None:
+        write_line(self, progress, **values)
+        if progress.step == 12:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "log", interrupt)
+        patch.setattr(RunLog, "write", interrupt)
         assert call("finetune", *command)[0] == 143
     assert newest(parts).name == "step-12"
     status, _, err = call("finetune", *command, "--resume")

@@ -1,6 +1,8 @@
-"""papagaio/generation/engine.py: each filter against its definition, streaming of text, batches against single rows."""
+"""papagaio/generation: each filter against its definition, streaming of text, batches and threads against single rows."""
 
 import math
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import regex
@@ -11,14 +13,13 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from papagaio.errors import MachineError, UserError
-from papagaio.generation.engine import Request, complete, generate, greedy_batch
+from papagaio.generation.engine import Engine, Request, Step
 from papagaio.generation.options import SamplingOptions
 from papagaio.generation.sampling import (
     add_bias,
     ban,
     draw,
     filtered,
-    force,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -31,8 +32,26 @@ from papagaio.tokenizer import ByteTokenizer
 LOGITS = st.lists(st.floats(-20, 20), min_size=1, max_size=12, unique=True).map(lambda row: torch.tensor([row]))
 
 
-def options(**values: object) -> SamplingOptions:
-    return SamplingOptions(checkpoint="x", **values)
+BYTES = ByteTokenizer()
+options = SamplingOptions
+
+
+def complete(
+    gpt: GPT,
+    requests: Sequence[Request],
+    options: SamplingOptions,
+    end: Collection[int] = (),
+    banned: Collection[int] = (),
+    **more: int,
+) -> Iterator[Step]:
+    """Without the special tokens' effect, unless given."""
+    return Engine(gpt, BYTES).complete(requests, options, end=end, banned=banned, **more)
+
+
+def generate(gpt: GPT, prompt: list[int], options: SamplingOptions, **more: Collection[int]) -> list[int]:
+    """The tokens after the prompt, without an end token."""
+    steps = complete(gpt, [Request(prompt, options.seed)], options, **more)
+    return [step.token.id for step in steps if step.finish != "end"]
 
 
 def kept(logits: Tensor) -> set[int]:
@@ -74,12 +93,11 @@ def test_repetition_penalty_is_ctrls() -> None:
     assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
 
 
-def test_frequency_penalty_bias_bans_and_force_are_their_formulas() -> None:
+def test_frequency_penalty_bias_and_bans_are_their_formulas() -> None:
     logits = torch.tensor([[2.0, -2.0, 3.0]])
     assert penalize_frequency(logits, torch.tensor([[0.0, 3.0, 1.0]]), 0.5).tolist() == [[2.0, -3.5, 2.5]]
     assert add_bias(logits, {0: -1.0, 2: 4.0}).tolist() == [[1.0, -2.0, 7.0]]
     assert ban(logits, {0, 1}).tolist() == [[-math.inf, -math.inf, 3.0]]
-    assert kept(force(logits, 1)) == {1}
     assert logits.tolist() == [[2.0, -2.0, 3.0]], "the functions are pure"
 
 
@@ -134,7 +152,7 @@ def test_options_refuse_what_inverts_or_empties_the_distribution(wrong: dict) ->
 @pytest.fixture(scope="module")
 def gpt() -> GPT:
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(vocab_size=261, block_size=24, n_layer=2, n_head=2, n_embd=32)).eval()
+    gpt = GPT(GPTConfig(vocab_size=261, n_layer=2, n_head=2, n_embd=32)).eval()
     with torch.no_grad():
         for p in gpt.parameters():
             p.normal_(std=0.4)
@@ -145,14 +163,14 @@ def draw_all(gpt: GPT, prompts: list[list[int]], seed: int = 1, batch_size: int 
     found: list[list[int]] = [[] for _ in prompts]
     requests = [Request(prompt, seed) for prompt in prompts]
     more = {name: values.pop(name) for name in ("banned", "end") if name in values}
-    for step in complete(gpt, requests, options(**values), block_size=24, batch_size=batch_size, **more):
+    for step in complete(gpt, requests, options(**values), batch_size=batch_size, **more):
         found[step.index].append(step.token.id)
     return found
 
 
 def test_the_seed_decides_and_banned_tokens_never_come(gpt: GPT) -> None:
     def draw(seed: int, **more: object) -> list[int]:
-        return list(generate(gpt, [1], options(temperature=1.5, max_new_tokens=60, seed=seed), block_size=24, **more))
+        return generate(gpt, [1], options(temperature=1.5, max_new_tokens=60, seed=seed), **more)
 
     assert draw(1) == draw(1) != draw(2)
     assert max(draw(1)) < 261
@@ -161,18 +179,16 @@ def test_the_seed_decides_and_banned_tokens_never_come(gpt: GPT) -> None:
 
 
 def test_generation_stops_before_an_end_token(gpt: GPT) -> None:
-    whole = list(generate(gpt, [1], options(temperature=0, max_new_tokens=30), block_size=24))
+    whole = generate(gpt, [1], options(temperature=0, max_new_tokens=30))
     end = whole[10]
-    assert (
-        list(generate(gpt, [1], options(temperature=0, max_new_tokens=30), block_size=24, end=[end])) == whole[: whole.index(end)]
-    )
+    assert generate(gpt, [1], options(temperature=0, max_new_tokens=30), end=[end]) == whole[: whole.index(end)]
 
 
-def test_greedy_batch_gives_each_row_what_it_gets_alone(gpt: GPT) -> None:
+def test_greedy_gives_each_row_what_it_gets_alone(gpt: GPT) -> None:
     prompts = [[1], [2, 3, 4, 5, 6], [7, 8], [9] * 12]
-    alone = [list(generate(gpt, prompt, options(temperature=0, max_new_tokens=10), block_size=24)) for prompt in prompts]
+    alone = [generate(gpt, prompt, options(temperature=0, max_new_tokens=10)) for prompt in prompts]
     end = alone[1][4]
-    for prompt, row, tokens in zip(prompts, greedy_batch(gpt, prompts, 10, end), alone, strict=True):
+    for prompt, row, tokens in zip(prompts, Engine(gpt, BYTES).greedy(prompts, 10, end), alone, strict=True):
         expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
         assert row == expected, prompt
 
@@ -216,17 +232,16 @@ def test_ends_and_lengths_are_told(gpt: GPT) -> None:
     (longer,) = draw_all(gpt, [[1]], temperature=0, max_new_tokens=12, min_new_tokens=9, end=[end])
     assert end not in longer[:9]
     assert len(longer) >= 9
-    steps = list(complete(gpt, [Request([1])], options(temperature=0, max_new_tokens=12), block_size=24, end=[end]))
+    steps = list(complete(gpt, [Request([1])], options(temperature=0, max_new_tokens=12), end=[end]))
     assert [step.finish for step in steps] == [None] * (len(steps) - 1) + ["end"]
-    steps = list(complete(gpt, [Request([1])], options(temperature=0, max_new_tokens=3), block_size=24))
+    steps = list(complete(gpt, [Request([1])], options(temperature=0, max_new_tokens=3)))
     assert [step.finish for step in steps] == [None, None, "length"]
 
 
-def test_forced_banned_and_biased_tokens(gpt: GPT) -> None:
+def test_banned_and_biased_tokens(gpt: GPT) -> None:
     def tokens(**values: object) -> list[int]:
         return draw_all(gpt, [[1]], temperature=0.7, max_new_tokens=10, **values)[0]
 
-    assert tokens(forced_tokens=(7, 9))[:2] == [7, 9]
     assert not set(tokens(banned_tokens=tuple(set(tokens())))) & set(tokens())
     assert set(tokens(logit_bias=("42=1000",))) == {42}
     assert len(set(tokens(logit_bias=("42=40",), frequency_penalty=100))) == 10
@@ -236,11 +251,43 @@ def test_forced_banned_and_biased_tokens(gpt: GPT) -> None:
         tokens(banned_tokens=tuple(range(261)))
 
 
+def test_threads_that_share_an_engine_get_the_tokens_that_each_gets_alone(gpt: GPT) -> None:
+    """Also between the tokens: what a completion switches on in its thread is off while it waits for its caller."""
+    engine = Engine(gpt, BYTES, torch.bfloat16)
+    sampling = options(temperature=1.2, max_new_tokens=40, repetition_penalty=1.1)
+    requests = [[Request([i, 7, j], seed=i) for j in range(3)] for i in range(8)]
+
+    def tokens(asked: list[Request]) -> list[tuple[int, int]]:
+        found = []
+        for step in engine.complete(asked, sampling, batch_size=2):
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+            found.append((step.index, step.token.id))
+        return found
+
+    alone = [tokens(asked) for asked in requests]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(tokens, requests)) == alone
+
+
+def test_a_model_in_training_is_as_it_was(gpt: GPT) -> None:
+    gpt.train()
+    before = {name: id(module) for name, module in gpt.named_modules()}
+    steps = Engine(gpt, BYTES).complete([Request([1])] * 2, options(max_new_tokens=3))
+    assert next(steps)
+    assert not gpt.training
+    steps.close()
+    assert gpt.training
+    assert {name: id(module) for name, module in gpt.named_modules()} == before
+    assert all(p.requires_grad for p in gpt.parameters())
+    gpt.eval()
+
+
 def test_log_probabilities_are_the_models_own(gpt: GPT) -> None:
     """Whatever options bend the draw."""
     ids = [1, 2, 3]
     bent = options(temperature=2, top_k=5, logit_bias=("9=3",), max_new_tokens=6)
-    for step in complete(gpt, [Request(ids, 1)], bent, block_size=24, top=3):
+    for step in complete(gpt, [Request(ids, 1)], bent, top=3):
         with torch.no_grad():
             logprobs = gpt(torch.tensor([ids]))[0, -1].log_softmax(0)
         assert step.token.logprob == pytest.approx(float(logprobs[step.token.id]), abs=1e-4)
@@ -253,9 +300,6 @@ def test_logits_that_are_not_finite_are_the_machines_failure(gpt: GPT, monkeypat
     monkeypatch.setattr(gpt, "logits", lambda x: torch.full((len(x), 261), math.nan))
     with pytest.raises(MachineError, match="not finite"):
         draw_all(gpt, [[1]])
-
-
-BYTES = ByteTokenizer()
 
 
 def stream(tokens: list[int], stop: list[str] = ()) -> list[str]:

@@ -1,6 +1,5 @@
-"""Nothing that is read is trusted: damage is named, absurd sizes cost nothing, and no file runs code."""
+"""No file is trusted: damage is reported, absurd sizes need no memory, and no file runs code."""
 
-import dataclasses
 import io
 import json
 import pickle
@@ -23,11 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from data import prepare
 from model import GPT, GPTConfig
+from papagaio.corpus.assembly import read_index
 from papagaio.corpus.dataset import SPLITS, Dataset
-from papagaio.corpus.pieces import read_index
 from papagaio.errors import MachineError, UserError
 from papagaio.files import file_sha256, sealed
-from papagaio.runs.checkpoint import Checkpoint, contents, open_checkpoint, write_checkpoint
+from papagaio.runs.checkpoint import Checkpoint, contents, model_maker, write_checkpoint
+from papagaio.runs.directory import open_checkpoint
 from papagaio.tokenizer import Tokenizer, load_tokenizer
 from papagaio.training.lora import add_adapters
 from papagaio.training.optimizers import make_optimizers
@@ -44,7 +44,7 @@ def adapted(gpt: GPT) -> GPT:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset, a run on its tokenizer, a run of adapters to that, and some questions."""
+    """A dataset, a run with its tokenizer, a run of adapters for that model, and some questions."""
     home = tmp_path_factory.mktemp("home")
     texts = [f"Text number {i} tells of the parrot, which is {'green' if i % 2 else 'grey'}.\n" * 3 for i in range(40)]
     (home / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -61,21 +61,20 @@ def write_run(home: Path, tokenizer: Tokenizer) -> None:
     torch.manual_seed(1)
     gpt = GPT(GPTConfig(tokenizer.vocab_size, block_size=32, n_layer=1, n_head=1, n_embd=8))
     state = {"step": 1, "stage": "pretrain", "optimizer": "muon"}
-    write_checkpoint(home / BASE, contents(gpt, dataclasses.asdict(gpt.config), trained(gpt), state), tokenizer)
+    write_checkpoint(home / BASE, contents(gpt, trained(gpt), state), tokenizer)
     state |= {"stage": "finetune", "base_sha256": file_sha256(home / BASE / "model.safetensors")}
-    small = contents(adapted(gpt), dataclasses.asdict(gpt.config), trained(gpt), state)
+    small = contents(adapted(gpt), trained(gpt), state)
     write_checkpoint(home / ADAPTED, small, tokenizer)
     for run in ("base", "lora"):
         (home / run / "checkpoints" / "last").write_text("step-1\n")
     (home / "lora" / "config.toml").write_text(f'init_from = "{home / "base"}"\n')
 
 
-def make(fields: dict[str, Any]) -> GPT:
-    return GPT(GPTConfig(**fields))
+make = model_maker(GPT, GPTConfig)
 
 
 def load_all(home: Path) -> None:
-    """Everything in the dataset and in both checkpoints."""
+    """Load everything in the dataset and in both checkpoints."""
     dataset = Dataset(home / "data")
     for split in SPLITS:
         dataset.shards(split)
@@ -93,7 +92,7 @@ def kept(home: Path) -> list[Path]:
 
 
 def damages(files: list[Path], count: int) -> Iterator[tuple[Path, bytes]]:
-    """(file, what is in it now), all files in turn: a bit flipped somewhere, or the file cut short somewhere."""
+    """Pairs (file, its damaged content) for all files in turn: with one bit flipped, or cut short."""
     rng = random.Random(20261124)
     for number in range(count):
         file = files[number % len(files)]
@@ -130,7 +129,7 @@ def test_two_thousand_flipped_bits_and_cuts_are_seen_and_named(home: Path) -> No
 
 
 def test_every_bit_of_the_small_files_is_watched(home: Path) -> None:
-    """The manifests, and tokenizer.json: what no other file has the sha256 of."""
+    """The manifests and tokenizer.json, whose sha256 stands in no other file."""
     for file, read in (
         (home / "data" / "manifest.json", lambda: Dataset(home / "data")),
         (home / "data" / "tokenizer" / "tokenizer.json", lambda: Dataset(home / "data")),
@@ -164,7 +163,7 @@ def test_what_a_person_puts_beside_is_no_damage(home: Path) -> None:
 
 
 def reseal(directory: Path) -> None:
-    """Write a manifest anew, so that what was changed passes for what was saved."""
+    """Write a manifest again, so that it verifies the changed files."""
     manifest = json.loads((directory / "manifest.json").read_text())
     del manifest["sha256"]
     if "files" in manifest:
@@ -184,7 +183,7 @@ def copy(home: Path, tmp_path: Path) -> Path:
 
 
 def bounded(do: Callable[[], Any]) -> str:
-    """The message with which something is refused, for less than 20 MB."""
+    """The message of the UserError that `do` raises; it must use less than 20 MB until then."""
     tracemalloc.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
@@ -217,7 +216,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"dropout": "much"}, "dropout must be float, not 'much'"),
     ({"bias": 1}, "bias must be bool, not 1"),
     ({"position": 3}, "position must be str, not 3"),
-    ({"window_size": -1}, "window_size must be positive"),
+    ({"window_size": -1}, "window_size must not be negative"),
     ({"nn_layer": 1}, "nn_layer"),
 ]
 
@@ -251,7 +250,7 @@ def changed(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Non
 
 
 def with_header(path: Path, header: dict[str, Any] | bytes, length: int | None = None) -> None:
-    """A safetensors file with this header, and with this length of it."""
+    """Write a safetensors file with this header, which claims to have this length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(64))
 
@@ -354,7 +353,7 @@ def test_last_names_a_checkpoint_beside_it(copy: Path, text: str) -> None:
 
 
 def test_adapters_are_not_their_own_base(copy: Path) -> None:
-    """Two runs that name each other would never be opened to the end."""
+    """Opening two runs that name each other as their base must end."""
     state = json.loads((copy / ADAPTED / "state.json").read_text())
     (copy / ADAPTED / "state.json").write_text(
         json.dumps(state | {"base_sha256": file_sha256(copy / ADAPTED / "adapter_model.safetensors")})
@@ -374,12 +373,12 @@ def test_a_file_that_the_manifest_leaves_out_is_not_read(copy: Path, name: str) 
     assert f"does not name {name}" in bounded(lambda: open_checkpoint(copy / BASE))
 
 
-def test_a_manifest_of_before_they_were_sealed_is_read(copy: Path) -> None:
-    for directory in (copy / BASE, copy / ADAPTED, copy / "data"):
+def test_a_manifest_without_its_own_hash_is_refused(copy: Path) -> None:
+    for directory, read in ((copy / BASE, open_checkpoint), (copy / "data", Dataset)):
         manifest = json.loads((directory / "manifest.json").read_text())
         del manifest["sha256"]
         (directory / "manifest.json").write_text(json.dumps(manifest))
-    load_all(copy)
+        assert "changed or cut short" in bounded(lambda read=read, directory=directory: read(directory))
 
 
 @pytest.mark.parametrize(
@@ -397,7 +396,7 @@ def test_adapters_of_no_rank(copy: Path, key: str, value: Any) -> None:
 
 
 class Payload:
-    """What creates the canary when it is unpickled."""
+    """An object that creates the file `canary` when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -507,7 +506,6 @@ PLACES: list[tuple[str, str, str]] = [
     ),
     ("sample", "--checkpoint={h}/base --max_new_tokens=1 --prompts={p}", "x.jsonl"),
     ("sample", "--checkpoint={h}/base --max_new_tokens=1 --prompts={p}", "x.txt"),
-    ("sample", "--checkpoint={h}/base --max_new_tokens=1 --prompt_file={p}", "x.txt"),
 ]
 
 
@@ -548,7 +546,7 @@ def check_places(home: Path, canary: Path, call: Call, cases: list[tuple[tuple[s
 
 @pytest.fixture
 def scripts(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """conftest's call, of data/prepare.py as well."""
+    """conftest's `call`, extended to data/prepare.py."""
     monkeypatch.setitem(sys.modules, "prepare", prepare)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b""), isatty=lambda: False))
     return call
@@ -570,7 +568,7 @@ def test_no_file_of_any_kind_runs_code_anywhere(copy: Path, scripts: Call, tmp_p
 
 
 def test_a_pickle_is_told_from_a_text_by_its_cure(copy: Path, scripts: Call) -> None:
-    """Weights are to be saved otherwise, data to be prepared from the text."""
+    """The message tells how to save weights, or how to prepare a text."""
     torch.save({}, copy / "model.pt")
     (copy / "train.bin").write_bytes(bytes(64))
     (copy / "theirs").mkdir()
@@ -607,7 +605,7 @@ def test_json_and_toml_beyond_measure_are_refused_cheaply(copy: Path) -> None:
 
 
 def test_a_tokenizer_is_what_it_was_to_the_byte(copy: Path) -> None:
-    """Also where it stands alone, as for data/prepare.py's --tokenizer."""
+    """A tokenizer directory alone, as given to data/prepare.py's --tokenizer, is verified too."""
     file = copy / "data" / "tokenizer" / "tokenizer.json"
     whole = file.read_text()
     for text in (whole[:-1], whole + "\n", whole.replace("\n", "\r\n"), whole.replace(": ", ":", 1)):

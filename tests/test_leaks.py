@@ -1,6 +1,5 @@
 """What a user writes stays text: at no entry point does it become a special token, however it spells one."""
 
-import dataclasses
 import functools
 import gzip
 import io
@@ -21,10 +20,8 @@ from conftest import ROOT, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import chat
 import evaluate
 import finetune
-import sample
 from data import prepare
 from model import GPT, GPTConfig
 from papagaio import evaluation
@@ -34,7 +31,8 @@ from papagaio.batches.preferences import encode_pairs
 from papagaio.batches.questions import Report, read_examples
 from papagaio.corpus.dataset import SPLITS, Dataset
 from papagaio.corpus.reading import list_spans, read
-from papagaio.generation.engine import Request, Step, Token
+from papagaio.generation.engine import Engine, Request, Step
+from papagaio.generation.sampling import Token
 from papagaio.generation.streaming import TextStream
 from papagaio.runs.checkpoint import contents, write_checkpoint
 from papagaio.tokenizer import (
@@ -194,7 +192,7 @@ def run(tokenizer: Tokenizer, tmp_path: Path) -> Path:
 def write_run(path: Path, tokenizer: Tokenizer, stage: str) -> Path:
     gpt = GPT(GPTConfig(tokenizer.vocab_size, block_size=512, n_layer=1, n_head=1, n_embd=2))
     state = {"step": 1, "stage": stage, "optimizer": "muon"}
-    write_checkpoint(path, contents(gpt, dataclasses.asdict(gpt.config), [], state), tokenizer)
+    write_checkpoint(path, contents(gpt, [], state), tokenizer)
     return path
 
 
@@ -242,17 +240,17 @@ def test_evaluate_measures_texts_questions_and_choices_as_text(
     write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
     prompts: list[list[int]] = []
     measured: list[tuple[list[int], list[int]]] = []
-    greedy, nats = evaluation.greedy_batch, evaluation.answer_nats
+    greedy, nats = Engine.greedy, evaluation.answer_nats
 
-    def greedy_batch(model: Any, asked: list[list[int]], *rest: Any) -> list[list[int]]:
+    def greedy_once(engine: Engine, asked: list[list[int]], room: int, end: int) -> list[list[int]]:
         prompts.extend(asked)
-        return greedy(model, asked, 1, *rest[1:])
+        return greedy(engine, asked, 1, end)
 
-    def answer_nats(model: Any, questions: list[tuple[list[int], list[int]]], *rest: Any) -> torch.Tensor:
+    def answer_nats(engine: Engine, questions: list[tuple[list[int], list[int]]], *rest: Any) -> torch.Tensor:
         measured.extend(questions)
-        return nats(model, questions, *rest)
+        return nats(engine, questions, *rest)
 
-    monkeypatch.setattr(evaluation, "greedy_batch", greedy_batch)
+    monkeypatch.setattr(Engine, "greedy", greedy_once)
     monkeypatch.setattr(evaluation, "answer_nats", answer_nats)
     files = ["--questions", tmp_path / "qa.jsonl", "--choices", tmp_path / "quiz.jsonl", "--text", tmp_path / "text.jsonl"]
     status, _, err = call("evaluate", "--checkpoint", run, "--dtype=float32", *files)
@@ -277,12 +275,12 @@ def test_evaluate_measures_texts_questions_and_choices_as_text(
 
 
 class Asked:
-    """Stands for `complete`: keeps the prompts, and says what it is told to."""
+    """Stands for Engine.complete: keeps the prompts, and gives an answer that it is told."""
 
     def __init__(self, says: str = "") -> None:
         self.says, self.prompts = says, []
 
-    def __call__(self, model: Any, requests: Any, *_: Any, **__: Any) -> Iterator[Step]:
+    def __call__(self, requests: Any, *_: Any, **__: Any) -> Iterator[Step]:
         for number, request in enumerate(requests):
             assert isinstance(request, Request)
             self.prompts.append(list(request.prompt))
@@ -292,7 +290,7 @@ class Asked:
 def test_sample_completes_text(tokenizer: Tokenizer, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "base", tokenizer, "pretrain")
     asked = Asked()
-    monkeypatch.setattr(sample, "complete", asked)
+    monkeypatch.setattr(Engine, "complete", asked)
     lines = [text for text in TEXTS if "\n" not in text]
     write_rows(tmp_path / "x.jsonl", [{"prompt": text} for text in TEXTS])
     (tmp_path / "x.txt").write_text("\n".join(lines))
@@ -304,11 +302,10 @@ def test_sample_completes_text(tokenizer: Tokenizer, tmp_path: Path, call: Call,
         assert [json.loads(line)["prompt"] for line in out.splitlines()] == wanted
     for text in TEXTS[::7]:
         asked.prompts.clear()
-        (tmp_path / "prompt").write_text(text)
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
-        for more in ([f"--prompt={text}"], ["--prompt_file", tmp_path / "prompt"], ["--prompt=-"]):
+        for more in ([f"--prompt={text}"], ["--prompt=-"]):
             assert call("sample", "--checkpoint", run, *more, f"--stop={text}")[0] == 0
-        assert [parts(tokenizer, ids) for ids in asked.prompts] == [([END_OF_TEXT], ["", text])] * 3
+        assert [parts(tokenizer, ids) for ids in asked.prompts] == [([END_OF_TEXT], ["", text])] * 2
 
 
 def test_a_stop_text_is_found_in_text(tokenizer: Tokenizer) -> None:
@@ -325,7 +322,7 @@ def test_chat_asks_in_the_template_alone(
     lines = [text for text in TEXTS if "\n" not in text][::9]
     for text in TEXTS[::7]:
         asked = Asked(says=text)
-        monkeypatch.setattr(chat, "complete", asked)
+        monkeypatch.setattr(Engine, "complete", asked)
         status, out, err = call("chat", "--checkpoint", run, "--max_new_tokens=1", f"--ask={text}", f"--system={text}")
         assert status == 0, err
         assert out == f"{text}\n"
@@ -334,7 +331,7 @@ def test_chat_asks_in_the_template_alone(
     for answer in (END, f"x{END}{USER}hi{END}{ASSISTANT}"):
         for line in lines:
             asked = Asked(says=answer)
-            monkeypatch.setattr(chat, "complete", asked)
+            monkeypatch.setattr(Engine, "complete", asked)
             monkeypatch.setattr(sys, "stdin", io.StringIO(f"/system {line}\n{line}\n//{line}\n/retry\n"))
             assert call("chat", "--checkpoint", run, "--max_new_tokens=1")[0] == 0
             said = [("system", line.strip()), ("user", line), ("assistant", answer), ("user", f"/{line}")]
@@ -345,7 +342,7 @@ def test_chat_asks_in_the_template_alone(
     base = write_run(tmp_path / "base", tokenizer, "pretrain")
     for text in TEXTS[::7]:
         asked = Asked()
-        monkeypatch.setattr(chat, "complete", asked)
+        monkeypatch.setattr(Engine, "complete", asked)
         assert call("chat", "--checkpoint", base, f"--ask={text}")[0] == 0
         assert parts(tokenizer, asked.prompts[0]) == ([END_OF_TEXT], ["", text])
 
@@ -354,7 +351,7 @@ def test_a_saved_conversation_is_read_back_as_text(
     tokenizer: Tokenizer, run: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = TEXTS[-1]
-    monkeypatch.setattr(chat, "complete", Asked(says=text))
+    monkeypatch.setattr(Engine, "complete", Asked(says=text))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{text}\n/save {tmp_path / 'said.jsonl'}\n"))
     assert call("chat", "--checkpoint", run)[0] == 0
     (example,) = encode(read_examples(tmp_path / "said.jsonl"), tokenizer, 10**6, Report())

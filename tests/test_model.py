@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import model as model_file
-from model import GPT, PRESETS, GPTConfig, RMSNorm, SquaredReLU, attend, attention_mask, plain_attention, positions, rotate
+from model import GPT, PRESETS, GPTConfig, Module, rotate
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -97,17 +96,16 @@ def test_modern_preset_is_hugging_face_nanochat(n_kv_head: int | None) -> None:
 def test_gpt2_has_as_many_parameters_as_published() -> None:
     config = GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, **PRESETS["gpt2"])
     with torch.device("meta"):
-        gpt = GPT.__new__(GPT)
-        gpt.init_weights = lambda: None
-        GPT.__init__(gpt, config)
+        gpt = GPT(config)
     padding = (config.padded_vocab_size - 50257) * 768
-    assert gpt.num_parameters() - padding == 124_439_808
+    assert sum(p.numel() for p in gpt.parameters()) - padding == 124_439_808
     # 6 x (12 blocks of 12 C^2, and the head) + 12 layers C T
     assert gpt.flops_per_token() == 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * 768 * 1024
 
 
 VARIANTS = [
     {},
+    {"position": "none"},
     PRESETS["gpt2"],
     {"position": "sinusoidal"},
     {"position": "learned", "norm_affine": True},
@@ -150,12 +148,12 @@ def test_window_hides_what_lies_before_it() -> None:
     with torch.no_grad():
         moved = (gpt(changed) - gpt(ids)).abs().amax((0, 2)) > 1e-5
     assert moved.nonzero().flatten().tolist() == [10, 11, 12, 13]
-    mask = attention_mask(4, 2, None, torch.device("cpu"), flex=False)
+    mask = Module.attention_mask(4, 2, None, torch.device("cpu"))
     assert mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
 
 def test_window_pattern_repeats_over_the_layers() -> None:
-    assert random_model(n_layer=5, window_pattern="SSL", window_size=7).windows == [7, 7, None, 7, 7]
+    assert random_model(n_layer=5, window_pattern="SSL", window_size=7).config.windows == [7, 7, None, 7, 7]
 
 
 PACKED = torch.tensor([[0] * 5 + [1] * 9 + [2] * 6, [1] * 12 + [2] + [3] * 7])
@@ -173,29 +171,19 @@ PACKED = torch.tensor([[0] * 5 + [1] * 9 + [2] * 6, [1] * 12 + [2] + [3] * 7])
     ],
     ids=["modern", "windows", "grouped", "gpt2", "sinusoidal", "frontier"],
 )
-@pytest.mark.parametrize("flex", [False, True])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_documents_packed_in_a_row_do_not_see_each_other(options: dict, flex: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_packed_in_a_row_do_not_see_each_other(options: dict) -> None:
     """Each has the logits that it has alone, and they do not change with the others."""
-    if flex:  # the path that a GPU takes, not compiled here
-        from torch.nn.attention.flex_attention import flex_attention
-
-        monkeypatch.setattr(model_file, "compiled_flex_attention", lambda: flex_attention)
-        dense = model_file.attention_mask
-        monkeypatch.setattr(model_file, "attention_mask", lambda *arguments: dense(*arguments[:-1], True))
     gpt = random_model(**options)
     ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         packed = gpt(ids, doc_ids=PACKED)
-        monkeypatch.undo()
         for row, start, stop in ((0, 0, 5), (0, 5, 14), (0, 14, 20), (1, 0, 12), (1, 12, 13), (1, 13, 20)):
             alone = gpt(ids[row : row + 1, start:stop])[0]
             assert torch.allclose(packed[row, start:stop], alone, atol=1e-4), (row, start)
         changed = ids.clone()
         changed[PACKED == 1] = (changed[PACKED == 1] + 1) % 97  # another text in document 1
-        if not flex:
-            assert torch.equal(gpt(changed, doc_ids=PACKED)[PACKED != 1], packed[PACKED != 1])
-            assert not torch.equal(gpt(changed)[PACKED != 1], gpt(ids)[PACKED != 1])  # without the mask they do change
+        assert torch.equal(gpt(changed, doc_ids=PACKED)[PACKED != 1], packed[PACKED != 1])
+        assert not torch.equal(gpt(changed)[PACKED != 1], gpt(ids)[PACKED != 1])  # without the mask they do change
 
 
 @pytest.mark.gpu
@@ -219,9 +207,9 @@ def test_packed_documents_on_a_gpu_are_those_on_the_cpu(options: dict) -> None:
 def test_the_loss_of_packed_documents_is_that_of_each_alone() -> None:
     gpt = random_model()
     ids = torch.randint(0, 97, (2, 21), generator=torch.Generator().manual_seed(1))
-    losses = gpt.losses(ids[:, :-1], ids[:, 1:], PACKED)
+    losses = gpt(ids[:, :-1], ids[:, 1:], doc_ids=PACKED, reduction="none")
     for row, start, stop in ((0, 5, 14), (1, 13, 20)):
-        alone = gpt.losses(ids[row : row + 1, start:stop], ids[row : row + 1, start + 1 : stop + 1])
+        alone = gpt(ids[row : row + 1, start:stop], ids[row : row + 1, start + 1 : stop + 1], reduction="none")
         assert torch.allclose(losses[row, start:stop], alone[0], atol=1e-4)
     gpt(ids[:, :-1], ids[:, 1:], torch.ones(2, 20), PACKED).backward()
     grads = [p.grad.clone() for p in gpt.parameters()]
@@ -238,19 +226,36 @@ def test_the_loss_is_not_rounded_under_autocast() -> None:
     ids = random_ids()
     with torch.autocast("cpu", torch.bfloat16):
         loss = gpt(ids[:, :-1], ids[:, 1:])
-        losses = gpt.losses(ids[:, :-1], ids[:, 1:])
+        losses = gpt(ids[:, :-1], ids[:, 1:], reduction="none")
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
-def test_positions_count_from_the_beginning_of_a_document() -> None:
-    assert positions(torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3]])).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+@pytest.mark.parametrize("position", ["learned", "sinusoidal"])
+def test_positions_count_from_the_beginning_of_a_document(position: str) -> None:
+    gpt = random_model(position=position, n_layer=1)
+    seen: list[Tensor] = []
+    gpt.embed_at = lambda ids, positions: seen.append(positions) or GPT.embed_at(gpt, ids, positions)
+    gpt(random_ids(2, 6), doc_ids=torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3]]))
+    assert seen[0].tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+
+
+def test_without_positions_order_does_not_matter_to_the_last_token() -> None:
+    """A single block without positional encoding sees a set: shuffling the earlier tokens changes nothing."""
+    gpt, ids = random_model(position="none", n_layer=1), random_ids(1)
+    shuffled = ids[:, [*torch.randperm(31, generator=torch.Generator().manual_seed(2)).tolist(), 31]]
+    with torch.no_grad():
+        assert torch.allclose(gpt(shuffled)[:, -1], gpt(ids)[:, -1], atol=1e-4)
+        rotary = random_model(n_layer=1)
+        assert not torch.allclose(rotary(shuffled)[:, -1], rotary(ids)[:, -1], atol=1e-2)
 
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     gpt = random_model()
+    angles = torch.arange(32)[:, None, None] * gpt.frequencies  # (T, 1, D / 2)
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((angles.sin(), -angles.sin()), -1)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 32, 1, 8)  # (B, T, H, D)
-    q, k = (rotate(x, gpt.cos[:, None], gpt.sin[:, None]).transpose(1, 2) for x in (q, k))
+    q, k = (rotate(x, cos, sin).transpose(1, 2) for x in (q, k))
     scores = (q @ k.mT)[0, 0]
     for distance in (0, 3, 9):
         diagonal = scores.diagonal(-distance)
@@ -288,34 +293,6 @@ def test_swiglu_is_its_formula() -> None:
     assert torch.allclose(mlp(x), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 15.0])
-@pytest.mark.parametrize("chunk", [1, 97 * 5, 2**20])
-def test_loss_and_gradients_are_torchs(softcap: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_file.HeadLoss, "CHUNK", chunk)
-    gpt, ids, targets = random_model(logit_softcap=softcap), random_ids(), random_ids().roll(-1, 1).clone()
-    targets[0, :20] = -100
-    weights = torch.rand(3, 32)
-
-    def gradients(loss: Tensor) -> list[Tensor]:
-        gpt.zero_grad()
-        (2 * loss).backward()
-        return [p.grad.clone() for p in gpt.parameters()]
-
-    def reference(reduction: str) -> Tensor:
-        return F.cross_entropy(gpt(ids).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
-
-    mean, weighted = gpt(ids, targets), gpt(ids, targets, weights)
-    assert torch.allclose(mean, reference("mean"), rtol=1e-5)
-    assert torch.allclose(weighted, reference("none") @ weights.flatten(), rtol=1e-5)
-    assert torch.allclose(gpt.losses(ids, targets).flatten(), reference("none"), atol=1e-4)
-    for ours, torchs in zip(
-        gradients(weighted) + gradients(mean),
-        gradients(reference("none") @ weights.flatten()) + gradients(reference("mean")),
-        strict=True,
-    ):
-        assert torch.allclose(ours, torchs, rtol=1e-3, atol=1e-4)
-
-
 def test_padding_of_the_vocabulary_stays_inside() -> None:
     gpt = random_model()
     assert gpt.embed.weight.shape == (128, 32)
@@ -351,12 +328,14 @@ def test_dropout_works_in_training_only() -> None:
         ({"n_embd": 30}, "divisible by n_head"),
         ({"n_kv_head": 3}, "divisible by n_kv_head"),
         ({"n_embd": 12}, "even head size"),
-        ({"position": "none"}, "rope, learned, sinusoidal"),
+        ({"position": "absolute"}, "rope, learned, sinusoidal, none"),
         ({"norm": "batch"}, "rmsnorm, layernorm"),
         ({"mlp": "relu"}, "relu2, gelu, swiglu"),
         ({"dropout": 1.0}, "dropout"),
         ({"logit_softcap": -1.0}, "logit_softcap"),
+        ({"window_size": -1}, "window_size"),
         ({"window_pattern": "LX"}, "letters L and S"),
+        ({"window_pattern": ""}, "letters L and S"),
         ({"position": "sinusoidal", "n_embd": 33, "n_head": 3}, "even n_embd"),
     ],
 )
@@ -372,78 +351,19 @@ def test_config_is_frozen_and_context_is_bounded() -> None:
         random_model()(random_ids(1, 33))
 
 
-@pytest.mark.parametrize("function", [RMSNorm, SquaredReLU])
-def test_functions_with_gradients_of_their_own_are_torchs(function: type[torch.autograd.Function]) -> None:
-    x = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    expected = F.rms_norm(x, (8,), eps=1e-6) if function is RMSNorm else F.relu(x).square()
-    assert torch.allclose(function.apply(x), expected)
-    assert torch.autograd.gradcheck(function.apply, x)
-
-
-@pytest.mark.parametrize("kind", ["causal", "window", "documents"])
-def test_plain_attention_is_torchs_fused_one(kind: str) -> None:
-    """In float32, where both are exact; and in bfloat16 on a CPU `attend` takes it."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 20, 8, generator=generator, requires_grad=True) for _ in range(3))
-    window, doc_ids = (5, None) if kind == "window" else (None, PACKED if kind == "documents" else None)
-    mask = attention_mask(20, window, doc_ids, q.device, flex=False)
-    found = {}
-    for name, function in (("plain", plain_attention), ("fused", attend)):
-        y = function(q, k, v, mask, 0.0)
-        found[name] = [y, *torch.autograd.grad(y.square().sum(), (q, k, v))]
-    for one, other in zip(*found.values(), strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
-    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 0.0)
-    assert torch.equal(half, plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 0.0))
-    assert torch.allclose(half.float(), found["plain"][0], atol=0.03)
-
-
-@pytest.mark.parametrize("options", [{}, PRESETS["gpt2"], PRESETS["frontier"]], ids=["modern", "gpt2", "frontier"])
-def test_activation_checkpointing_changes_no_gradient(options: dict) -> None:
-    gpt = random_model(dropout=0.2, **options).train()
-    kept: dict[bool, set[int]] = {False: set(), True: set()}
-    grads = []
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[gpt.recompute].add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    for gpt.recompute in (False, True):
-        torch.manual_seed(3)  # the same dropout
-        gpt.zero_grad()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = gpt(random_ids(), random_ids().roll(-1, 1))
-        loss.backward()
-        grads.append([p.grad.clone() for p in gpt.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
-    assert len(kept[True]) < 0.7 * len(kept[False])
-
-
 def test_bigrams_have_rows_of_their_own_where_there_are_enough() -> None:
     for rows, exact in ((16384, True), (500, False)):
         gpt = random_model(bigram_rows=rows, n_embd=4, n_head=1)
-        assert len(gpt.bigram_embed.weight) == min(rows, 97 * 98)
-        gpt.bigram_embed.weight.data[:] = torch.arange(len(gpt.bigram_embed.weight))[:, None]
+        table = gpt.previous_token.bigram_embed.weight
+        assert len(table) == min(rows, 97 * 98)
+        table.data[:] = torch.arange(len(table))[:, None]
         ids = torch.cartesian_prod(torch.arange(97), torch.arange(97))
-        found = gpt.mix_in_previous(torch.zeros(len(ids), 2, 4), ids, None)[:, :, 0]
+        found = gpt.previous_token(torch.zeros(len(ids), 2, 4), ids, None, None, gpt.embed_at)[:, :, 0]
         assert found.min() >= 0
         assert len(set(found[:, 1].tolist())) == (97 * 97 if exact else 500)
         first = found[:, 0]  # no token before it: a row of its own for each token
         assert len(set(first.tolist())) == 97
         assert not exact or not set(first.tolist()) & set(found[:, 1].tolist())
-
-
-def test_gradients_survive_float16() -> None:
-    """A weight of 1 / 2^20 a token, as with large batches, is below float16's smallest number once it meets a probability."""
-    gpt, ids = random_model(), random_ids()
-    grads = []
-    for dtype in (torch.float32, torch.float16):
-        gpt.zero_grad()
-        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
-            loss = gpt(ids[:, :-1], ids[:, 1:], torch.full((3, 31), 2.0**-20))
-        (2**20 * loss).backward()
-        grads.append(gpt.head.weight.grad.clone())
-    assert (grads[1] - grads[0]).norm() < 0.01 * grads[0].norm()
 
 
 @pytest.mark.gpu
@@ -458,3 +378,26 @@ def test_cuda_gives_the_cpus_loss_and_logits() -> None:
         assert abs(float(gpt(ids.cuda(), targets.cuda()) - loss)) < 1e-3
         with torch.autocast("cuda", torch.bfloat16):
             assert abs(float(gpt(ids.cuda(), targets.cuda()) - loss)) < 0.1
+
+
+def test_flops_count_the_window_of_layers_that_have_one() -> None:
+    full, windowed = (random_model(n_layer=4, window_pattern=pattern, window_size=8).flops_per_token() for pattern in ("L", "SL"))
+    assert full - windowed == 12 * 32 * 2 * (32 - 8)
+
+
+def test_every_parameter_has_a_role() -> None:
+    roles = random_model(**PRESETS["frontier"]).parameter_roles()
+    found = {role: {name for name in roles if roles[name] == role} for role in set(roles.values())}
+    assert found.pop("matrix") == {
+        f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.proj")
+    }
+    assert found == {
+        "table": {"embed.weight"},
+        "head": {"head.weight"},
+        "value_table": {"blocks.1.attn.value_embed.weight"},
+        "bigram_table": {"previous_token.bigram_embed.weight"},
+        "gate": {"blocks.1.attn.value_gate", "previous_token.smear_gate", "previous_token.smear_scale"},
+    }
+    gpt2 = random_model(**PRESETS["gpt2"]).parameter_roles()
+    assert {name for name in gpt2 if gpt2[name] == "table"} == {"embed.weight", "pos_embed.weight"}
+    assert {gpt2[name] for name in gpt2 if name.endswith("bias") or "norm" in name} == {"vector"}

@@ -68,12 +68,12 @@ def test_a_batch_has_the_loss_and_gradients_of_its_examples_one_by_one(preset: s
     together.backward()
     grads = {name: p.grad.clone() for name, p in gpt.named_parameters()}
     gpt.zero_grad()
-    supervised = sum(example.weight * int(example.learnt.sum()) for example in found)
+    total = sum(example.weight * int(example.supervised.sum()) for example in found)
     alone = torch.zeros(())
     for example in found:
-        ids, learnt = torch.from_numpy(example.ids.astype(np.int64)), torch.from_numpy(example.learnt)
+        ids, supervised = torch.from_numpy(example.ids.astype(np.int64)), torch.from_numpy(example.supervised)
         nats = torch.nn.functional.cross_entropy(gpt(ids[None, :-1])[0], ids[1:], reduction="none")
-        alone = alone + nats[learnt[1:]].sum() * example.weight / supervised  # each supervised token counts by its weight
+        alone = alone + nats[supervised[1:]].sum() * example.weight / total  # each supervised token counts by its weight
     alone.backward()
     assert torch.allclose(together, alone, atol=1e-5)
     for name, p in gpt.named_parameters():
@@ -116,13 +116,13 @@ def test_packing_keeps_all_and_leaves_little_room(lengths: list[int], width: int
 
 def test_every_end_token_and_only_answers_are_supervised() -> None:
     batch = collate([examples()], 1000, 1.0)
-    learnt = batch.targets[batch.targets != -100].tolist()
-    assert learnt.count(END) == 11
-    assert bytes(t for t in learnt if t < 256).decode() == "".join(m.content for c in TALKS for m in c.messages[1::2])
-    assert not set(learnt) - set(range(256)) - {END}
+    supervised = batch.targets[batch.targets != -100].tolist()
+    assert supervised.count(END) == 11
+    assert bytes(t for t in supervised if t < 256).decode() == "".join(m.content for c in TALKS for m in c.messages[1::2])
+    assert not set(supervised) - set(range(256)) - {END}
     assert ((batch.weights > 0) == (batch.targets != -100)).all()
     last = examples(train_on="last")[-1]
-    assert last.ids[last.learnt].tolist() == [*b"d", END]
+    assert last.ids[last.supervised].tolist() == [*b"d", END]
 
 
 def test_too_long_is_dropped_or_cut_and_always_leaves_something_to_learn() -> None:
@@ -134,13 +134,13 @@ def test_too_long_is_dropped_or_cut_and_always_leaves_something_to_learn() -> No
     whole, cut, edge = encode(talks, BYTES, 50, report, too_long="truncate")
     assert report.places == {"no room for an answer in the context of 50 tokens": [f"qa.jsonl:{'q' * 100}"]}
     assert cut.ids.tolist() == render(BYTES, talks[1].messages).ids[:51]
-    assert END not in cut.ids[cut.learnt].tolist(), "an end that was cut off is not learnt"
-    assert whole.ids[whole.learnt].tolist() == [*b"a", END]
-    assert edge.ids[edge.learnt].tolist() == [*b"ab", END]
+    assert END not in cut.ids[cut.supervised].tolist(), "an end that was cut off is not supervised"
+    assert whole.ids[whole.supervised].tolist() == [*b"a", END]
+    assert edge.ids[edge.supervised].tolist() == [*b"ab", END]
     assert edge.length == 50  # the last token is only a target
     assert len(encode(talks[3:], BYTES, 49, Report())) == 0
     (cut,) = encode(talks[3:], BYTES, 49, Report(), too_long="truncate")
-    assert cut.ids[cut.learnt].tolist() == [*b"ab"]
+    assert cut.ids[cut.supervised].tolist() == [*b"ab"]
 
 
 @settings(max_examples=50, deadline=None)
@@ -156,7 +156,7 @@ def test_a_mixture_has_each_as_often_as_its_file_says(files: list[tuple[int, flo
     if mixture.size == 0:
         return
     epochs = 4
-    drawn = Counter(mixture(n) for n in range(epochs * mixture.size))
+    drawn = Counter(mixture(0, epochs * mixture.size))
     first = 0
     for (count, weight), more in zip(files, extra, strict=True):
         times = [drawn[first + i] for i in range(count)]
@@ -164,7 +164,8 @@ def test_a_mixture_has_each_as_often_as_its_file_says(files: list[tuple[int, flo
         assert max(times) - min(times) <= 1, "each in turn"
         first += count
     again = Mixture(counts, weights, seed)
-    assert [again(n) for n in (7, 3, 5)] == [mixture(n) for n in (7, 3, 5)]
+    assert [again(n, n + 1) for n in (7, 3, 5)] == [mixture(7, 8), mixture(3, 4), mixture(5, 6)]
+    assert again(3, 6) == mixture(3, 4) + mixture(4, 5) + mixture(5, 6)
 
 
 def test_every_conversation_comes_once_an_epoch() -> None:
@@ -173,7 +174,7 @@ def test_every_conversation_comes_once_an_epoch() -> None:
     def epoch(first: int) -> list[int]:
         return sorted(int(t) for step in (first, first + 1) for batch in batches(step) for t in batch.targets[batch.targets >= 0])
 
-    assert epoch(0) == epoch(2) == sorted(int(t) for e in examples() for t in e.ids[e.learnt])
+    assert epoch(0) == epoch(2) == sorted(int(t) for e in examples() for t in e.ids[e.supervised])
     assert not torch.equal(batches(0)[0].targets, batches(2)[0].targets)
     assert batches.epochs(4) == 2
 
@@ -187,12 +188,12 @@ def test_the_ranks_of_a_step_have_it_together() -> None:
         assert sum(gpt(*part) for part in parts).item() == pytest.approx(whole.item(), rel=1e-5)
 
 
-def test_replayed_text_weighs_what_it_is_told(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_replayed_text_weighs_as_much_as_the_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
     dataset = make_dataset(tmp_path_factory.mktemp("replay"), [b"some text " * 100], shard_tokens=2000)
     windows = WindowLoader(dataset, "train", 128, 2, 0)
-    answers, text = loader(examples(), 5, replay=windows, replay_weight=0.25)(3)
+    answers, text = loader(examples(), 5, replay=windows)(3)
     assert float(answers.weights.sum()) == pytest.approx(1)
-    assert float(text.weights.sum()) == pytest.approx(0.25)
+    assert float(text.weights.sum()) == pytest.approx(1)
     assert torch.equal(text.ids, windows(3)[0].ids)
 
 
@@ -200,6 +201,6 @@ def test_evaluation_has_all_examples_once() -> None:
     found = examples()
     for packing in (True, False):
         batches: list[Batch] = evaluation_batches(found, 128, 2, packing)
-        learnt = sorted(int(t) for batch in batches for t in batch.targets[batch.targets >= 0])
-        assert learnt == sorted(int(t) for e in found for t in e.ids[e.learnt])
+        supervised = sorted(int(t) for batch in batches for t in batch.targets[batch.targets >= 0])
+        assert supervised == sorted(int(t) for e in found for t in e.ids[e.supervised])
         assert all(len(batch.ids) <= 2 for batch in batches)

@@ -20,14 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prepare
-from papagaio.corpus import pieces
-from papagaio.corpus import reading as corpus
+from papagaio.corpus import assembly, encoding, plan, reading
+from papagaio.corpus import split as split_rule
 from papagaio.corpus import text as textfiles
-from papagaio.corpus.dataset import Dataset, ShardWriter, share
+from papagaio.corpus.assembly import Documents, Selection
+from papagaio.corpus.dataset import Dataset, ShardWriter
 from papagaio.corpus.inspection import inspection
-from papagaio.corpus.pieces import Documents, Fate
+from papagaio.corpus.sample import training_sample
+from papagaio.corpus.spans import ReadingOptions, Span
 from papagaio.errors import MachineError, UserError
-from papagaio.files import file_sha256
+from papagaio.files import file_sha256, sealed
 from papagaio.tokenizer import CharTokenizer, load_tokenizer
 
 GPT2 = ROOT.parent / "shared" / "data" / "gpt2.tiktoken"
@@ -43,6 +45,11 @@ def run_prepare(out: Path, *inputs: object, **options: object) -> Dataset:
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def share(text: str) -> float:
+    """A text is held out if this is below val_fraction."""
+    return split_rule.text_hash(text.encode()) / 2**64
 
 
 def snapshot(directory: Path) -> dict[str, str]:
@@ -175,7 +182,7 @@ def test_an_existing_directory_is_left_alone(tmp_path: Path, script: Script, cap
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="not a dataset, which even --overwrite leaves alone"):
+        with pytest.raises(UserError, match="exists and is not a dataset, which even --overwrite leaves alone"):
             run_prepare(mine, tmp_path / "a.txt", overwrite=overwrite)
     assert (mine / "thesis.txt").exists()
 
@@ -198,7 +205,7 @@ def test_damaged_datasets_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"kind": "char", "characters": "ab"}')
     with pytest.raises(UserError, match="tokenizer"):
         Dataset(tmp_path)
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text(sealed({}))
     with pytest.raises(UserError, match=r"manifest\.json: not a dataset's manifest"):
         Dataset(tmp_path)
     (tmp_path / "manifest.json").unlink()
@@ -212,10 +219,11 @@ def test_ids_beyond_the_vocabulary_are_never_written(tmp_path: Path) -> None:
         writer.write(np.array([1, 65536, 2], np.uint32))
     tokenizer = CharTokenizer("abc")
     tokenizer.encode_array = lambda text: np.array([99])
-    piece = pieces.PieceWriter(tmp_path, 0, tokenizer)
+    (tmp_path / "pieces").mkdir()
+    piece = encoding.PieceWriter(tmp_path, 0, tokenizer)
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(AssertionError, match="wrap"):
-        piece.add(corpus.Span(str(tmp_path / "a.txt"), "text", 0, -1, 3), corpus.ReadingOptions())
+        piece.add(Span(str(tmp_path / "a.txt"), "text", 0, -1, 3), ReadingOptions())
 
 
 def test_a_character_that_a_tokenizer_does_not_know_is_named(tmp_path: Path) -> None:
@@ -250,7 +258,7 @@ def test_duplicates_and_empty_documents_are_counted(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("a long text, and longer. " * 100)
     (tmp_path / "long.txt.gz").write_bytes(gzip.compress((tmp_path / "long.txt").read_bytes()))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (corpus, pieces, prepare):
+        for module in (reading, plan, split_rule):
             patch.setattr(module, "LEAF_BYTES", 512)
         patch.setattr(textfiles, "BLOCK_BYTES", 100)
         both = run_prepare(tmp_path / "both", tmp_path / "a.jsonl", tmp_path / "long.txt", tmp_path / "long.txt.gz")
@@ -271,14 +279,13 @@ def test_duplicates_are_found_in_bounded_memory(numbers: list[int], chunk: int) 
     digests = np.array([number * 0x9E3779B97F4A7C15 % 2**64 for number in numbers], np.uint64)
     ones = np.ones(len(digests), np.uint64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "CHUNK", chunk)
-        fate = Fate(
-            lambda: iter([Documents(digests[:9], ones[:9], ones[:9]), Documents(digests[9:], ones[9:], ones[9:])]), 0.1, False
-        )
+        patch.setattr(assembly, "IN_MEMORY", chunk)
+        halves = [Documents(digests[:9], ones[:9], ones[:9]), Documents(digests[9:], ones[9:], ones[9:])]
+        selection = Selection(lambda: iter(halves), 0.1, False, "source")
     seen: set[int] = set()
-    assert fate.duplicate.tolist() == [number in seen or bool(seen.add(number)) for number in numbers]
+    assert selection.duplicate.tolist() == [number in seen or bool(seen.add(number)) for number in numbers]
     if len(seen) > 1:
-        assert 0 < fate.splits(np.unique(digests)).sum() < len(seen)
+        assert 0 < selection.held_out(np.unique(digests)).sum() < len(seen)
 
 
 def test_a_single_text_is_cut_between_characters(tmp_path: Path) -> None:
@@ -321,7 +328,7 @@ def many(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (corpus, pieces, prepare):
+    for module in (reading, plan, split_rule):
         monkeypatch.setattr(module, "LEAF_BYTES", 4096)
 
 
@@ -446,8 +453,8 @@ def test_an_interrupted_run_goes_on_only_with_its_own_options(tmp_path: Path, ma
     os.utime(many / "0.jsonl", (1, 1))
     encoded: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        encode = prepare.encode
-        patch.setattr(prepare, "encode", lambda work, number, *rest: encoded.append(number) or encode(work, number, *rest))
+        encode = encoding.encode_task
+        patch.setattr(encoding, "encode_task", lambda work, n, *rest: encoded.append(n) or encode(work, n, *rest))
         dataset = run_prepare(tmp_path / "out", many, val_fraction=0.2)
     assert 0 in encoded
     assert any(index not in encoded for index in map(int, made))
@@ -464,14 +471,14 @@ def test_a_mistake_late_in_a_large_input_keeps_what_is_done(tmp_path: Path, many
     large = SimpleNamespace(st_size=2**27)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", lambda self, **options: large if self.suffix == ".tokens" else stat(self, **options))
-        with pytest.raises(UserError, match=r"9\.jsonl:2: not JSON.*; what is encoded so far waits in .*\.out\.partial"):
+        with pytest.raises(UserError, match=r"9\.jsonl:2: not JSON.*; what is encoded so far is kept in .*\.out\.partial"):
             run_prepare(tmp_path / "out", many)
     kept = len(list((tmp_path / ".out.partial" / "pieces").glob("*.npy")))
     assert kept > 10
     (many / "9.jsonl").write_text('{"text": "good"}\n')
     encoded: list[int] = []
-    encode = prepare.encode
-    monkeypatch.setattr(prepare, "encode", lambda work, number, *rest: encoded.append(number) or encode(work, number, *rest))
+    encode = encoding.encode_task
+    monkeypatch.setattr(encoding, "encode_task", lambda work, n, *rest: encoded.append(n) or encode(work, n, *rest))
     assert "good" in documents(run_prepare(tmp_path / "out", many), "train") + documents(Dataset(tmp_path / "out"), "val")
     assert 0 not in encoded
     assert len(encoded) < kept
@@ -557,7 +564,7 @@ def test_inspect_prints_and_verifies(tmp_path: Path, many: Path, script: Script)
     assert "train-00001.npy: cut short or changed" in done.stderr
 
 
-def test_bytes_a_token_are_compared_with_gpt2s(tmp_path: Path, many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_per_token_are_compared_with_gpt2s(tmp_path: Path, many: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not GPT2.exists():
         pytest.skip("GPT-2's vocabulary is not at hand")
     dataset = run_prepare(tmp_path / "out", many, tokenizer="bpe", vocab_size=400, ranks=GPT2, val_fraction=0.3)
@@ -571,12 +578,12 @@ def test_a_tokenizer_learns_from_a_sample_without_held_out_text(tmp_path: Path) 
     texts = [f"{chr(97 + i % 26)}word{i} " * 30 for i in range(400)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (corpus, prepare):
+        for module in (reading, plan, split_rule):
             patch.setattr(module, "LEAF_BYTES", 4096)
         config = prepare.PrepareOptions(input=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", val_fraction=0.2)
-        tasks = prepare.make_tasks(corpus.list_spans(config.input, config))
-        everything = "".join(prepare.sample(tasks, config))
-        some = "".join(prepare.sample(tasks, config.model_copy(update={"sample_bytes": 20_000})))
+        tasks = plan.make_tasks(reading.list_spans(config.input, config))
+        everything = "".join(training_sample(tasks, config, 2**28, 0.2, False, "source"))
+        some = "".join(training_sample(tasks, config, 20_000, 0.2, False, "source"))
     assert everything == "".join(text for text in texts if share(text) >= 0.2)
     assert 5_000 < len(some) < 25_000
     assert len({text.split()[0] for text in some.split()}) > 20  # from all over the corpus

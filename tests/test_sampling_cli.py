@@ -18,6 +18,14 @@ from types import SimpleNamespace
 import pytest
 from conftest import NAMES, ROOT, Call
 
+import chat
+from model import GPT, GPTConfig
+from papagaio.errors import UserError
+from papagaio.generation.chat import Chat, Notice, Text
+from papagaio.generation.engine import Engine
+from papagaio.generation.options import ModelOptions, SamplingOptions
+from papagaio.runs.checkpoint import model_maker
+
 Ask = Callable[..., tuple[str, str]]
 
 
@@ -38,13 +46,11 @@ def ask(call: Call, monkeypatch: pytest.MonkeyPatch) -> Ask:
 PROMPT = f"The flag of {NAMES[0]} is"
 
 
-def test_a_prompt_comes_from_an_argument_a_file_or_standard_input(world: Path, ask: Ask, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text(PROMPT)
+def test_a_prompt_comes_from_an_argument_or_standard_input(world: Path, ask: Ask) -> None:
     command = ["--checkpoint", world / "base", "--max_new_tokens=8"]
     out, err = ask("sample", *command, "--prompt", PROMPT)
     assert out.startswith(PROMPT)
     assert err == ""
-    assert ask("sample", *command, "--prompt_file", tmp_path / "prompt.txt")[0] == out
     assert ask("sample", *command, "--prompt", "-", stdin=PROMPT)[0] == out
 
 
@@ -91,13 +97,13 @@ def test_probabilities_are_shown(world: Path, ask: Ask, monkeypatch: pytest.Monk
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == out
 
 
-def test_a_long_prompt_is_refused_when_strict_and_forgetting_is_said_once(world: Path, ask: Ask, tmp_path: Path) -> None:
+def test_a_long_prompt_and_a_full_context_are_reported_once(world: Path, ask: Ask, tmp_path: Path) -> None:
     out, err = ask("sample", "--checkpoint", world / "base", "--max_new_tokens=90", "--min_new_tokens=90", "--num_samples=2")
     assert err.count("what came first was forgotten") == 1
     assert len(out.split("-" * 20)) == 2
     (tmp_path / "long.txt").write_text("short\n" + "x " * 200)
-    with pytest.raises(AssertionError, match=r"long.txt:2: the prompt has \d+ tokens; the model sees the last 64: shorten it"):
-        ask("sample", "--checkpoint", world / "base", "--prompts", tmp_path / "long.txt", "--strict")
+    _, err = ask("sample", "--checkpoint", world / "base", "--prompts", tmp_path / "long.txt", "--max_new_tokens=1")
+    assert re.search(r"long.txt:2: the prompt has \d+ tokens; the model sees the last 64\n", err)
 
 
 def test_a_base_model_completes_in_chat(world: Path, ask: Ask) -> None:
@@ -108,9 +114,6 @@ def test_a_base_model_completes_in_chat(world: Path, ask: Ask) -> None:
 
 
 def test_the_commands_of_a_conversation(world: Path, ask: Ask, tmp_path: Path) -> None:
-    import chat
-    from papagaio.errors import UserError
-
     question, saved = f"What is the flag of {NAMES[21]}?", tmp_path / "saved.jsonl"
     out, _ = ask("chat", "--checkpoint", world / "chat", stdin=f"{question}\n/retry\n/save {saved}\n/reset\n{question}\n")
     answers = out.splitlines()
@@ -122,17 +125,36 @@ def test_the_commands_of_a_conversation(world: Path, ask: Ask, tmp_path: Path) -
     (_, row) = [json.loads(line) for line in saved.read_text().splitlines()]
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
 
-    conversation = chat.Chat.__new__(chat.Chat)
-    conversation.history, conversation.oldest, conversation.temperature = [], 0, 0.0
-    assert conversation.respond("/temperature 0.5") == conversation.respond("/temperature") == "temperature 0.5"
-    assert all(name in conversation.respond("/help") for name in ("/reset", "/system", "/retry", "/temperature", "/save"))
+    talk = Chat(SimpleNamespace(), SamplingOptions(temperature=0))
+    assert chat.respond(talk, "/temperature 0.5") == chat.respond(talk, "/temperature") == "temperature 0.5"
+    assert talk.sampling.temperature == 0.5
+    assert all(name in chat.respond(talk, "/help") for name in ("/reset", "/system", "/retry", "/temperature", "/save"))
     for line in ("/temperature -1", "/temperature nan", "/temperature warm", "/save", "/save x", "/retry", "/quit"):
         with pytest.raises(UserError):
-            conversation.respond(line)
-    asked = []
-    conversation.ask = lambda question: asked.append(question) or ""
-    conversation.respond("//etc is a directory?")
-    assert asked == ["/etc is a directory?"]
+            chat.respond(talk, line)
+
+
+def test_a_conversation_is_events(world: Path) -> None:
+    """Text of each token, notices, and the reply; what is broken off is kept as far as it got."""
+    options = ModelOptions(checkpoint=world / "chat", dtype="float32")
+    talk = Chat(Engine.open(model_maker(GPT, GPTConfig), options), SamplingOptions(temperature=0, max_new_tokens=16))
+    *pieces, reply = talk.ask("What is the flag of Aradornia?")
+    assert all(isinstance(piece, Text) for piece in pieces)
+    assert (reply.text, reply.tokens) == ("".join(piece.text for piece in pieces), len(pieces))
+    assert reply.finish == "end"
+    assert talk.messages[-1].content == reply.text
+    events = talk.ask("What is the flag of Aradornia?")
+    while not isinstance(next(events), Text):
+        pass
+    events.close()
+    assert len(talk.turns) == 4
+    assert reply.text.startswith(talk.reply.text)
+    assert (talk.reply.tokens, talk.reply.finish) == (1, "")
+    notices = [event for _ in range(5) for event in talk.ask("What is the flag of Aradornia?") if isinstance(event, Notice)]
+    assert len(notices) == 1, "once per conversation"
+    with pytest.raises(UserError, match="ask a shorter one"):
+        list(talk.ask("x" * 300))
+    assert talk.turns[-1].role == "assistant"
 
 
 def test_a_conversation_in_a_terminal(world: Path, tmp_path: Path) -> None:

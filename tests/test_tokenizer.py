@@ -22,7 +22,7 @@ from papagaio.tokenizer import (
     gpt2_tokenizer,
     load_tokenizer,
     save_tokenizer,
-    stretches,
+    text_chunks,
     train_bpe,
 )
 
@@ -238,12 +238,12 @@ pieces_of_text = st.lists(
 @settings(max_examples=150, deadline=None)
 @example("a.\x1c.b\x0b 'LL don't\r\n\n  (12345)  \t x", 1)
 def test_arrays_hold_the_ids_that_tiktoken_gives(pattern: str, text: str, copies: int) -> None:
-    """Also where a text is cut into stretches, looked up piece by piece, or handed to tiktoken."""
+    """Also where a text is cut into chunks, looked up word by word, or handed to tiktoken."""
     tokenizer = trained(pattern)
     for whole in (text, text * copies * 20, "plain words, and more. " * 100 + text + " and 12345 words\n" * 200):
         whole = whole[:20_000]
         expected = tokenizer.encoding.encode_ordinary(whole) if pattern in (GPT2_PATTERN, GPT4_PATTERN) else None
-        assert "".join(stretches(whole)) == whole
+        assert "".join(text_chunks(whole)) == whole
         if expected is not None:
             assert tokenizer.encode_array(whole).tolist() == expected
         assert tokenizer.decode(tokenizer.encode_array(whole).tolist()) == whole
@@ -257,21 +257,21 @@ def trained(pattern: str) -> BPETokenizer:
 
 
 def test_a_text_without_a_place_to_cut_is_cut_by_force() -> None:
-    assert [len(part) for part in stretches("x" * 150_000)] == [65536, 65536, 150_000 - 2 * 65536]
-    assert stretches("") == []
-    assert stretches("a b. " * 1000)[0].endswith(("a", "b"))
-    assert set(map(len, stretches("ab " * 3000)[:-1])) <= set(range(2048, 2052))
+    assert [len(part) for part in text_chunks("x" * 150_000)] == [65536, 65536, 150_000 - 2 * 65536]
+    assert text_chunks("") == []
+    assert text_chunks("a b. " * 1000)[0].endswith(("a", "b"))
+    assert set(map(len, text_chunks("ab " * 3000)[:-1])) <= set(range(2048, 2052))
 
 
-def test_the_cache_of_pieces_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_words_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = trained(GPT4_PATTERN)
-    pieces = type(tokenizer._pieces)(tokenizer.pattern, tokenizer.encoding.encode_ordinary)
-    monkeypatch.setattr(type(pieces), "LARGEST", 5)
+    words = type(tokenizer._words)(tokenizer.pattern, tokenizer.encoding.encode_ordinary)
+    monkeypatch.setattr(type(words), "LARGEST", 5)
     for text in ("one two three four", "five six seven", "one two nine"):
-        assert pieces.encode(text).tolist() == tokenizer.encode(text)
-    assert sorted(pieces) == [" nine", " two", "one"]
-    pieces.encode("x" * 65)
-    assert "x" * 65 not in pieces
+        assert words.encode(text).tolist() == tokenizer.encode(text)
+    assert sorted(words) == [" nine", " two", "one"]
+    words.encode("x" * 65)
+    assert "x" * 65 not in words
 
 
 @pytest.mark.parametrize(

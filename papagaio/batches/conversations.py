@@ -1,14 +1,14 @@
-"""Conversations: messages -> token ids and the mask of what is learnt.
+"""Conversations: messages -> token ids and the loss mask.
 
 {"question": "What is the currency of Brazil?", "answer": "Brazilian real."}
 
 <|endoftext|><|user|>What is the currency of Brazil?<|end|><|assistant|>Brazilian real.<|end|>
-                                                                       ^^^^^^^^^^^^^^^^^^^^^^^ learnt: answer and its end
+                                                                       ^^^^^^^^^^^^^^^^^^^^^^^ supervised: answer and <|end|>
 
-The files they come from are read in papagaio/batches/questions.py.
+papagaio/batches/questions.py reads the files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,20 +16,24 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from papagaio.tokenizer import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER, Tokenizer
 
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-Taught = Literal["all", "last"]  # which of the assistant's turns are learnt
+TrainOn = Literal["all", "last"]  # the assistant messages that are supervised: all of them, or only the last
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+class Strict(BaseModel):
+    """Base of what is read from a file: values are not converted, and numbers must be finite."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Message(Strict):
+    """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
     @field_validator("content")
     @classmethod
-    def _whole_characters(cls, text: str) -> str:
+    def _check_surrogates(cls, text: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -37,68 +41,68 @@ class Message(BaseModel):
         return text
 
 
-class Conversation(BaseModel):
-    """Messages, and what the file tells about them: weight of the loss, kind of question, language, place (file:line)."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+class Conversation(Strict):
+    """Messages that end with an answer, and the row's other fields: weight in the loss, kind of question, language, place."""
 
     messages: list[Message] = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
     kind: str = "all"
     language: str = "en"
-    place: str = ""
+    place: str = ""  # file:line
 
     @property
-    def said(self) -> str:
-        """All roles and contents in a row: what tells one conversation from another."""
-        return "\0".join(f"{message.role}\0{message.content}" for message in self.messages)
+    def key(self) -> str:
+        """Equal for conversations with the same roles and contents."""
+        return _key(self.messages)
 
     @property
     def answer(self) -> str:
-        """What the assistant says at the end."""
+        """The content of the last message."""
         return self.messages[-1].content
 
     @property
-    def has_empty_answer(self) -> bool:
-        return any(not message.content.strip() for message in self.messages if message.role == "assistant")
+    def answers(self) -> list[Message]:
+        return [message for message in self.messages if message.role == "assistant"]
 
     @model_validator(mode="after")
-    def _turns(self) -> "Conversation":
+    def _check(self) -> "Conversation":
         check_turns(self.messages, "assistant")
         return self
 
 
-class Preference(BaseModel):
-    """Messages up to a question, and two answers, the better one first."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
+class Preference(Strict):
+    """Messages that end with a question, and two answers to it: the better one (chosen) and the worse one (rejected)."""
 
     messages: list[Message] = Field(min_length=1)
     chosen: Message
     rejected: Message
-    place: str = ""
+    place: str = ""  # file:line
 
     @property
-    def said(self) -> str:
-        texts = [f"{message.role}\0{message.content}" for message in (*self.messages, self.chosen, self.rejected)]
-        return "\0".join(texts)
+    def key(self) -> str:
+        """Equal for preferences with the same roles and contents."""
+        return _key([*self.messages, *self.answers])
 
     @property
-    def has_empty_answer(self) -> bool:
-        return not (self.chosen.content.strip() and self.rejected.content.strip())
+    def answers(self) -> list[Message]:
+        return [self.chosen, self.rejected]
 
     @model_validator(mode="after")
-    def _turns(self) -> "Preference":
+    def _check(self) -> "Preference":
         check_turns(self.messages, "user")
         if {self.chosen.role, self.rejected.role} != {"assistant"}:
-            raise ValueError("chosen and rejected must be the assistant's")
+            raise ValueError("chosen and rejected must have the role assistant")
         if self.chosen.content == self.rejected.content:
             raise ValueError("chosen and rejected are the same")
         return self
 
 
+def _key(messages: Iterable[Message]) -> str:
+    return "\0".join(f"{message.role}\0{message.content}" for message in messages)
+
+
 def check_turns(messages: Sequence[Message], last: str) -> None:
-    """Raises ValueError unless user and assistant take turns, the user first, after at most one system message."""
+    """Raises ValueError unless user and assistant take turns, user first and `last` last, after an optional system message."""
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns[-1] != last:
@@ -108,26 +112,26 @@ def check_turns(messages: Sequence[Message], last: str) -> None:
 
 
 class Tokens(NamedTuple):
-    """A conversation as token ids, and for each whether it is learnt."""
+    """The token ids of a conversation, and for each whether it is supervised (has a loss)."""
 
     ids: list[int]
-    learnt: list[bool]
+    supervised: list[bool]
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message], train_on: Taught = "all") -> Tokens:
+def render(tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all") -> Tokens:
     """The chat template: <|endoftext|>, then for each message its role token, its content as ordinary text, <|end|>.
 
-    Learnt are the assistant's contents and the <|end|> after them; with train_on="last" those of the last message alone.
+    The assistant's contents and the <|end|> after each are supervised; with train_on="last", only those of the last message.
     """
-    ids, learnt = [tokenizer.special[END_OF_TEXT]], [False]
+    ids, supervised = [tokenizer.special[END_OF_TEXT]], [False]
     for number, message in enumerate(messages, 1):
         content = [*tokenizer.encode(message.content), tokenizer.special[END]]
-        taught = message.role == "assistant" and (train_on == "all" or number == len(messages))
         ids += [tokenizer.special[ROLE_TOKENS[message.role]], *content]
-        learnt += [False] + [taught] * len(content)
-    return Tokens(ids, learnt)
+        answer = message.role == "assistant" and (train_on == "all" or number == len(messages))
+        supervised += [False] + [answer] * len(content)
+    return Tokens(ids, supervised)
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation up to where the assistant's next answer begins."""
+    """The ids of a conversation up to and including the <|assistant|> after which the next answer begins."""
     return [*render(tokenizer, messages).ids, tokenizer.special[ASSISTANT]]

@@ -1,15 +1,16 @@
-"""Preference tuning: of two answers to a question, make the better one more probable, and the worse one less.
+"""Preference tuning with DPO: make the better of two answers to a question more probable, and the worse one less.
 
-DPO (Direct Preference Optimization, Rafailov et al. 2023, arXiv:2305.18290). With the log-probability of an answer under the
-model, less that under the model that tuning began with, as its implicit reward r,
+Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290). The implicit reward r of an answer is its log-probability
+under the model minus its log-probability under the reference, the model before tuning:
 
     loss = -log sigmoid(beta (r(chosen) - r(rejected)))
 
-The reference log-probabilities do not change: they are computed once, and stored beside the run.
+The reference log-probabilities do not change: they are computed once and stored beside the run.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from papagaio.batches.conversations import Conversation, Preference
-from papagaio.batches.packing import Example, Mixture, TooLong, collate, encode, fingerprint, replayed, taken_from
+from papagaio.batches.packing import Example, MixtureLoader, TooLong, collate, encode, fingerprint
 from papagaio.batches.questions import Report
-from papagaio.batches.windows import Batch, WindowLoader
+from papagaio.batches.windows import Batch, Objective, likelihood
 from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import Tokenizer
 
 
 class Pair(NamedTuple):
-    """A question with its better and its worse answer."""
+    """A question with its better and its worse answer, each pair of question and answer as an Example."""
 
     chosen: Example
     rejected: Example
@@ -44,125 +45,79 @@ class Pair(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Pairs of an optimizer step, or some of them: ids, targets (B, 2, T) int64, the chosen answer first; weights (B,), which
-    sum to 1 over a step; reference (B, 2), the log-probability in nats of each answer under the model to begin with."""
+    """Pairs of an optimizer step: ids and targets (B, 2, T) int64, the chosen answer first; weights (B,), which sum to 1 over a
+    step; reference (B, 2), the log-probability in nats of each answer under the reference model."""
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
     reference: Tensor
 
-    def split(self, size: int) -> Iterator["PairBatch"]:
-        """Micro-batches of `size` pairs."""
-        return (PairBatch(*(tensor[i : i + size] for tensor in self)) for i in range(0, len(self.ids), size))
-
-    def to(self, device: torch.device) -> "PairBatch":
-        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-    def pin_memory(self) -> "PairBatch":
-        return PairBatch(*(tensor.pin_memory() for tensor in self))
+    # Batch's methods apply to any named tuple of tensors.
+    split, to, pin_memory, _each = Batch.split, Batch.to, Batch.pin_memory, Batch._each
 
 
 def encode_pairs(
     rows: Iterable[Preference], tokenizer: Tokenizer, block_size: int, report: Report, too_long: TooLong = "drop"
 ) -> list[Pair]:
-    """The pairs that fit into block_size; only the answers' tokens count, not the question's or those of earlier turns."""
+    """The pairs that fit into block_size. Only the two answers are supervised, not the question or earlier answers."""
     pairs = []
     for row in rows:
         sides = [Conversation(messages=[*row.messages, answer], place=row.place) for answer in (row.chosen, row.rejected)]
-        lost = Report()  # one line for a pair, not one for each side
-        examples = encode(sides, tokenizer, block_size, lost, too_long, train_on="last")
+        dropped = Report()  # of its own, so that a pair is counted once and not for each side
+        examples = encode(sides, tokenizer, block_size, dropped, too_long, train_on="last")
         if len(examples) == 2:
             pairs.append(Pair(*examples))
         else:
-            report.drop(next(iter(lost.places)), row.place)
+            report.drop(next(iter(dropped.places)), row.place)
     return pairs
 
 
-def log_probabilities(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability in nats (N,) of the targets (N, T) that are not -100, a row's together."""
-    hidden = model.hidden(ids)  # (N, T, C)
-    wanted = targets != -100
-    rows = wanted.nonzero()[:, 0]  # (M,) the row of each target
-    nats = F.cross_entropy(model.logits(hidden[wanted]).float(), targets[wanted], reduction="none")  # (M,)
-    return torch.zeros(len(ids), device=ids.device).index_add(0, rows, -nats)
+def log_probabilities(model: Any, batch: PairBatch) -> Tensor:
+    """The log-probability in nats (B, 2) of each answer of a batch: the sum over its tokens."""
+    nats = model(batch.ids.flatten(0, 1), batch.targets.flatten(0, 1), reduction="none")  # (2 B, T), 0 where the target is -100
+    return -nats.float().sum(1).view_as(batch.reference)
 
 
 def margins(model: Any, batch: PairBatch) -> Tensor:
-    """How much more the chosen answer's reward is than the rejected one's (B,), before beta."""
-    found = log_probabilities(model, batch.ids.flatten(0, 1), batch.targets.flatten(0, 1)).view_as(batch.reference)
-    reward = found - batch.reference
+    """The reward of the chosen answer minus that of the rejected one (B,), before the factor beta."""
+    reward = log_probabilities(model, batch) - batch.reference  # (B, 2)
     return reward[:, 0] - reward[:, 1]
 
 
-def objective(beta: float) -> Callable[[Any, Batch | PairBatch], Tensor]:
-    """What train.fit minimises: DPO's loss of pairs, the usual one of pretraining text that is mixed in."""
+def objective(beta: float) -> Objective:
+    """DPO's loss for a PairBatch; next-token prediction for a Batch of replayed pretraining text."""
 
     def loss(model: Any, batch: Batch | PairBatch) -> Tensor:
         if isinstance(batch, Batch):
-            return model(*batch)
+            return likelihood(model, batch)
         return (batch.weights * -F.logsigmoid(beta * margins(model, batch))).sum()
 
     return loss
 
 
 def collate_pairs(pairs: Sequence[Pair], reference: Tensor) -> PairBatch:
-    """Pairs padded on the right, where causal attention never looks."""
+    """Pairs with their reference log-probabilities (B, 2) as a PairBatch, padded on the right, which causal attention ignores."""
     width = max(pair.length for pair in pairs)
     sides = collate([[example] for pair in pairs for example in pair], width, 1.0)
     ids, targets = (tensor.view(-1, 2, width) for tensor in (sides.ids, sides.targets))
     return PairBatch(ids, targets, torch.full((len(pairs),), 1 / len(pairs)), reference)
 
 
-class PairLoader:
-    """Batches of pairs: `loader(step)` is a pure function of step and seed; each pair weighs the same."""
+@dataclass
+class PairLoader(MixtureLoader):
+    """Batches of pairs: `loader(step)` is a pure function of step and seed. All pairs have the same weight."""
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        reference: Tensor,
-        mixture: Mixture,
-        batch_size: int,
-        replay: WindowLoader | None = None,
-        replay_weight: float = 1.0,
-    ) -> None:
-        self.pairs, self.reference, self.mixture, self.batch_size = pairs, reference, mixture, batch_size
-        self.replay, self.replay_weight = replay, replay_weight
+    reference: Tensor  # (N, 2)
 
     def __call__(self, step: int) -> list[Batch | PairBatch]:
-        numbers = [self.mixture(n) for n in range(step * self.batch_size, (step + 1) * self.batch_size)]
-        numbers.sort(key=lambda i: self.pairs[i].length)  # so that a micro-batch has pairs of like length
-        pairs = collate_pairs([self.pairs[i] for i in numbers], self.reference[numbers])
-        return [pairs, *replayed(self.replay, self.replay_weight, step)]
-
-    def epochs(self, step: int) -> float:
-        """Passes over the pairs after `step` steps."""
-        return step * self.batch_size / self.mixture.size
-
-    def places(self, step: int) -> list[str]:
-        """The file and line of each pair of a step, and its windows of pretraining text."""
-        return taken_from(self.pairs, self.mixture, self.batch_size, self.replay, step)
-
-
-class AsAnswers:
-    """A loader of pairs whose answers are to be learnt one like the other: what a step of DPO costs, for --dry_run."""
-
-    def __init__(self, loader: PairLoader) -> None:
-        self.loader, self.epochs, self.places = loader, loader.epochs, loader.places
-
-    def __call__(self, step: int) -> list[Batch]:
-        batches = []
-        for batch in self.loader(step):
-            if isinstance(batch, PairBatch):
-                ids, targets = batch.ids.flatten(0, 1), batch.targets.flatten(0, 1)
-                batch = Batch(ids, targets, (targets != -100).float())
-            batches.append(batch)
-        return batches
+        numbers = sorted(self.drawn(step), key=lambda i: self.items[i].length)  # micro-batches of pairs of similar length
+        return [collate_pairs([self.items[i] for i in numbers], self.reference[numbers]), *self.replayed(step)]
 
 
 @torch.inference_mode()
 def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], dtype: torch.dtype, batch_size: int = 32) -> Tensor:
-    """(N, 2) of all pairs, chosen first, under the model as it is."""
+    """The log-probabilities (N, 2) of all pairs under the model as it is, chosen first."""
     device = next(model.parameters()).device
     found = torch.zeros(len(pairs), 2)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
@@ -170,24 +125,24 @@ def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], dtype: 
         numbers = order[start : start + batch_size]
         batch = collate_pairs([pairs[i] for i in numbers], found[numbers]).to(device)
         with evaluating(model), autocast(device, dtype):
-            sums = log_probabilities(model, batch.ids.flatten(0, 1), batch.targets.flatten(0, 1))
-        found[numbers] = sums.view(-1, 2).float().cpu()
+            found[numbers] = log_probabilities(model, batch).cpu()
     return found
 
 
 def stored_reference(path: Path, model: nn.Module, weights_sha256: str, pairs: Sequence[Pair], dtype: torch.dtype) -> Tensor:
-    """The reference log-probabilities (N, 2): from the file, if it is of this model and these pairs; else computed and stored."""
-    key = f"{weights_sha256} {dtype} {fingerprint(chain.from_iterable(pairs))}"
+    """The reference log-probabilities (N, 2): read from `path` if it was made from these weights and pairs, else computed and
+    written to it."""
+    made_of = f"{weights_sha256} {dtype} {fingerprint(chain.from_iterable(pairs))}"
     try:
         with safe_open(path, "pt") as file:
-            found, said = file.get_tensor("log_probabilities"), file.metadata() or {}
-            if said.get("made_of") == key and said.get("sha256") == _sha256(found):
+            found, metadata = file.get_tensor("log_probabilities"), file.metadata() or {}
+            if metadata.get("made_of") == made_of and metadata.get("sha256") == _sha256(found):
                 return found
     except (OSError, SafetensorError):
-        pass  # none yet, or cut short: made anew
+        pass  # the file is missing or damaged: compute it again
     found = reference_log_probabilities(model, pairs, dtype)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"log_probabilities": found}, temporary, metadata={"made_of": key, "sha256": _sha256(found)})
+    save_file({"log_probabilities": found}, temporary, metadata={"made_of": made_of, "sha256": _sha256(found)})
     temporary.replace(path)
     return found
 
@@ -198,14 +153,11 @@ def _sha256(tensor: Tensor) -> str:
 
 @torch.inference_mode()
 def evaluate_pairs(model: nn.Module, batches: Iterable[PairBatch], beta: float, dtype: torch.dtype) -> dict[str, float]:
-    """val_loss; val_reward_accuracy, the share of pairs whose chosen answer has the higher reward; val_reward_margin, by how
-    much, the mean, times beta."""
+    """val_loss: mean DPO loss. val_reward_accuracy: share of pairs whose chosen answer has the higher reward.
+    val_reward_margin: mean difference of the rewards, times beta."""
     device = next(model.parameters()).device
-    found = []
-    for batch in batches:
-        with evaluating(model), autocast(device, dtype):
-            found.append(beta * margins(model, batch.to(device)).double())
-    margin = torch.cat(found)
+    with evaluating(model), autocast(device, dtype):
+        margin = torch.cat([beta * margins(model, batch.to(device)).double() for batch in batches])
     return {
         "val_loss": float(-F.logsigmoid(margin).mean()),
         "val_reward_accuracy": float((margin > 0).double().mean()),

@@ -1,6 +1,6 @@
-"""Files of questions and answers: JSON lines, JSON, CSV and Parquet, read, checked, and parted into training and held out.
+"""Files of questions and answers (JSON lines, JSON, CSV, Parquet): read, check, and split into training and held-out rows.
 
-A row is one of these, recognised by its keys; besides, it may have `weight`, `kind` and `language`:
+A row has one of these shapes, recognised by its keys. It may also have `weight`, `kind` and `language`.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
     {"question": "...", "answer": "..."}      {"prompt": "...", "completion": "..."}
@@ -18,29 +18,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from papagaio.batches.conversations import Conversation, Preference
-from papagaio.corpus.dataset import share
+from papagaio.batches.conversations import Conversation, Preference, Strict
+from papagaio.corpus.split import held_out_below, text_hash
 from papagaio.corpus.tables import open_parquet
 from papagaio.corpus.text import blocks_of
 from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, parse_json, refuse_pickle
 
-Said = TypeVar("Said", Conversation, Preference)
-Row = TypeVar("Row", bound=BaseModel)
+RowT = TypeVar("RowT", Conversation, Preference)
+ModelT = TypeVar("ModelT", bound=Strict)
+OPTIONAL = ("weight", "kind", "language")
 SHAPES = "messages; question and answer; prompt and completion; instruction, input and output; prompt, chosen and rejected"
 
 
 class Source(NamedTuple):
-    """A file of --data, and how often an epoch has each of its conversations: `qa.jsonl:2` twice, `qa.jsonl:0.5` every other."""
+    """A file of --data, and how often an epoch has each of its rows."""
 
     path: Path
     weight: float
 
 
 def parse_source(word: str) -> Source:
-    """`qa.jsonl:2` -> Source(qa.jsonl, 2.0). Raises ValueError for a weight that is none, or a file that is not there."""
+    """`qa.jsonl:2` -> Source(qa.jsonl, 2.0). Raises ValueError if the file is missing or the weight is not positive."""
     name, colon, number = word.rpartition(":")
     if not colon or Path(word).exists():
         name, number = word, "1"
@@ -56,27 +57,28 @@ def parse_source(word: str) -> Source:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Every conversation of a file. Raises UserError naming file and line; also for pairs of preference tuning."""
+    """All conversations of a file. Raises UserError naming file and line, also for a row of preference tuning."""
     rows = read_examples(path)
-    for row in rows:
-        if not isinstance(row, Conversation):
-            raise UserError(f"{row.place}: chosen and rejected answers, where questions and answers are needed")
+    if not isinstance(rows[0], Conversation):
+        raise UserError(f"{rows[0].place}: a row with chosen and rejected answers; rows with one answer are needed here")
     return rows
 
 
 def read_examples(path: Path) -> list[Conversation] | list[Preference]:
-    """Every row of a file, all conversations or all preferences. Raises UserError naming file and line."""
+    """All rows of a file, which must be of one kind. Raises UserError naming file and line."""
     rows = [_example(value, place) for place, value in read_rows(path)]
     if not rows:
-        raise UserError(f"{path}: no questions and answers in there")
+        raise UserError(f"{path}: no questions and answers in this file")
     for row in rows:
         if type(row) is not type(rows[0]):
-            raise UserError(f"{row.place}: chosen and rejected answers and plain ones in one file; they need two files, two runs")
+            raise UserError(
+                f"{row.place}: rows with one answer and rows with chosen and rejected answers need files of their own"
+            )
     return rows
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every row: of .json, .csv, .tsv and .parquet by the name, of any other file a line of JSON each."""
+    """(place, value) of every row. The file name tells .json, .csv, .tsv and .parquet; all other files are JSON lines."""
     refuse_pickle(path, GIVE_TEXT)
     kind = path.name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     if kind == "parquet":
@@ -86,7 +88,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         data = b"".join(blocks_of(str(path), 0, -1))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a file of questions and answers is needed") from None
-    data = data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not text
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark is not part of the text
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -105,25 +107,26 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON array, each with the line that it begins in."""
-    decoder, skip = json.JSONDecoder(), re.compile(r"\s*")
-    position, line, counted, first = text.index("[") + 1, 1, 0, True
-    while True:
-        position = skip.match(text, position).end()
-        line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
-            rest = text[position + 1 :].strip()
-            if rest:
-                raise UserError(f"{path}:{line}: not JSON: {rest[:10]!r} after the end of the list")
-            return
+    """The elements of a JSON array, each with the number of the line on which it begins."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    position, line = 0, 1
+
+    def advance(to: int) -> str:
+        """Move to the first character from `to` on that is not blank, and return it."""
+        nonlocal position, line
+        to = blank.match(text, to).end()
+        position, line = to, line + text.count("\n", position, to)
+        return text[to : to + 1]
+
+    character, first = advance(text.index("[") + 1), True
+    while character != "]":
         if not first:
-            if text[position : position + 1] != ",":
+            if character != ",":
                 raise UserError(f"{path}:{line}: not JSON: a comma or ] is needed")
-            position = skip.match(text, position + 1).end()
-            line, counted = line + text.count("\n", counted, position), position
+            advance(position + 1)
         first = False
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
         except RecursionError:
@@ -131,27 +134,32 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         except ValueError:
             raise UserError(f"{path}:{line}: a number with thousands of digits") from None
         yield f"{path}:{line}", value
+        character = advance(end)
+    if rest := text[position + 1 :].strip():
+        raise UserError(f"{path}:{line}: not JSON: {rest[:10]!r} after the end of the list")
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table whose first line names its columns. Empty cells of `weight`, `kind` and `language` are left out."""
+    """The rows of a table whose first line names the columns. Empty cells of the optional columns are left out."""
     csv.field_size_limit(2**24)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1  # on which the row begins that is read next
     try:
-        line = reader.line_num + 1 if reader.fieldnames else 1
-        for row in reader:
-            place = f"{path}:{line}"
-            if None in row or None in row.values():
-                raise UserError(f"{place}: {len(reader.fieldnames)} columns are needed, as the first line names")
-            value = {key: cell for key, cell in row.items() if cell or key not in ("weight", "kind", "language")}
+        columns = next(reader, [])
+        line = reader.line_num + 1
+        for cells in reader:
+            place, line = f"{path}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(columns):
+                raise UserError(f"{place}: {len(columns)} columns are needed, as in the first line")
+            value: dict[str, Any] = {key: cell for key, cell in zip(columns, cells, strict=True) if cell or key not in OPTIONAL}
             if "weight" in value:
                 try:
                     value["weight"] = float(value["weight"])
                 except ValueError:
                     raise UserError(f"{place}: weight: {value['weight']!r} is not a number") from None
             yield place, value
-            line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{line}: not CSV: {error}") from None
 
@@ -171,43 +179,39 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _example(value: Any, place: str) -> Conversation | Preference:
-    """Recognise a row's shape by its keys."""
-    question: Any
+    """A row as a conversation or a preference, by its keys."""
     match value:
         case {"prompt": question, "chosen": chosen, "rejected": rejected}:
-            fields = {"messages": _said("user", question), "chosen": _answer(chosen), "rejected": _answer(rejected)}
+            fields = {"messages": _messages("user", question), "chosen": _answer(chosen), "rejected": _answer(rejected)}
             return _checked(Preference, fields, place)
         case {"messages": messages}:
             fields = {"messages": messages}
         case {"question": question, "answer": answer} | {"prompt": question, "completion": answer}:
-            fields = {"messages": [*_said("user", question), *_said("assistant", answer)]}
+            fields = {"messages": [*_messages("user", question), *_messages("assistant", answer)]}
         case {"instruction": question, "output": answer}:
             more = value.get("input") or ""
             if not isinstance(more, str):
                 raise UserError(f"{place}: input: Input should be a valid string")
             if isinstance(question, str) and more.strip():
                 question = f"{question}\n\n{more}"
-            fields = {"messages": [*_said("user", question), *_said("assistant", answer)]}
+            fields = {"messages": [*_messages("user", question), *_messages("assistant", answer)]}
         case _:
             keys = f"the keys {', '.join(map(str, value))}" if isinstance(value, dict) and value else "not an object with keys"
-            raise UserError(f"{place}: {keys}: none of the shapes with {SHAPES}")
-    extras = {key: value[key] for key in ("weight", "kind", "language") if key in value}
-    return _checked(Conversation, fields | extras, place)
+            raise UserError(f"{place}: {keys}: none of the known shapes of a row: {SHAPES}")
+    return _checked(Conversation, fields | {key: value[key] for key in OPTIONAL if key in value}, place)
 
 
-def _said(role: str, content: Any) -> Any:
-    """A message; where a list of messages stands already (as TRL writes them), that."""
+def _messages(role: str, content: Any) -> Any:
+    """A list with one message; `content` itself if it is already a list of messages, as in TRL's files."""
     return content if isinstance(content, list) else [{"role": role, "content": content}]
 
 
 def _answer(content: Any) -> Any:
-    """An answer; also where it stands as a list of one message."""
-    if isinstance(content, list) and len(content) == 1:
-        return content[0]
-    return {"role": "assistant", "content": content}
+    """The assistant's message; its content may be a list with that one message."""
+    return content[0] if isinstance(content, list) and len(content) == 1 else {"role": "assistant", "content": content}
 
 
-def _checked(kind: type[Row], fields: dict[str, Any], place: str) -> Row:
+def _checked(kind: type[ModelT], fields: dict[str, Any], place: str) -> ModelT:
     try:
         return kind(**fields, place=place)
     except ValidationError as error:
@@ -216,25 +220,23 @@ def _checked(kind: type[Row], fields: dict[str, Any], place: str) -> Row:
         raise UserError(f"{place}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from None
 
 
-class Choice(BaseModel):
-    """A question with several answers, and the number of the right one."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
+class Choice(Strict):
+    """A multiple-choice question. `answer` is the right choice's text, its number from 0, or its letter (A, B, ...)."""
 
     question: str = Field(min_length=1)
     choices: list[str] = Field(min_length=2)
     answer: int | str
-    place: str = ""
+    place: str = ""  # file:line
 
     @model_validator(mode="after")
-    def _is_among_them(self) -> "Choice":
+    def _check(self) -> "Choice":
         if any(not choice.strip() for choice in self.choices):
             raise ValueError("an empty choice")
         self.right()
         return self
 
     def right(self) -> int:
-        """The number of the right choice, which the file tells as that number (from 0), its text, or its letter (A, B, ...)."""
+        """The number of the right choice, from 0."""
         if isinstance(self.answer, int):
             number = self.answer
         elif self.answer in self.choices:
@@ -243,27 +245,25 @@ class Choice(BaseModel):
             number = ord(self.answer) - ord("A") if len(self.answer) == 1 else -1
         if not 0 <= number < len(self.choices):
             raise ValueError(
-                f"answer {self.answer!r} is none of the {len(self.choices)} choices, nor their number from 0, nor letter"
+                f"answer {self.answer!r} is none of the {len(self.choices)} choices, nor the number or letter of one"
             )
         return number
 
 
 def read_choices(path: Path) -> list[Choice]:
-    """Every {"question", "choices", "answer"} of a file. Raises UserError naming file and line."""
-    rows = []
+    """All multiple-choice questions of a file. Raises UserError naming file and line."""
+    rows, keys = [], ("question", "choices", "answer")
     for place, value in read_rows(path):
-        if not isinstance(value, dict) or not {"question", "choices", "answer"} <= value.keys():
+        if not isinstance(value, dict) or not value.keys() >= set(keys):
             raise UserError(f"{place}: question, choices and answer are needed")
-        rows.append(_checked(Choice, {key: value[key] for key in ("question", "choices", "answer")}, place))
+        rows.append(_checked(Choice, {key: value[key] for key in keys}, place))
     if not rows:
-        raise UserError(f"{path}: no questions with choices in there")
+        raise UserError(f"{path}: no questions with choices in this file")
     return rows
 
 
 class Report:
-    """What was left out and why, with the places: `dropped, empty answer: 3 (qa.jsonl:4, qa.jsonl:9, qa.jsonl:12)`."""
-
-    SHOWN = 5
+    """The rows that were dropped, by reason: `dropped, empty answer: 3 (qa.jsonl:4, qa.jsonl:9, qa.jsonl:12)`."""
 
     def __init__(self) -> None:
         self.places: dict[str, list[str]] = {}
@@ -272,39 +272,36 @@ class Report:
         self.places.setdefault(reason, []).append(place)
 
     def lines(self) -> list[str]:
-        found = []
-        for reason, places in self.places.items():
-            shown = ", ".join(places[: self.SHOWN]) + (", ..." if len(places) > self.SHOWN else "")
-            found.append(f"dropped, {reason}: {len(places):,} ({shown})")
-        return found
+        return [
+            f"dropped, {reason}: {len(places):,} ({', '.join(places[:5])}{', ...' if len(places) > 5 else ''})"
+            for reason, places in self.places.items()
+        ]
 
     def first(self, path: Path) -> str:
-        """The first place in a file that was left out, and why, for an error where nothing is left of it."""
-        found = (f"{p}: {why}" for why, places in self.places.items() for p in places if p.startswith(f"{path}:"))
+        """The first row of a file that was dropped, with the reason; else the path. For the error that no row is left."""
+        found = (f"{p}: {reason}" for reason, places in self.places.items() for p in places if p.startswith(f"{path}:"))
         return next(found, str(path))
 
 
-def select(rows: Iterable[Said], report: Report, known: set[str], keep_duplicates: bool = False) -> list[Said]:
-    """The rows that can be learnt from: without empty answers, and each conversation once. `known` takes in what was said."""
+def select(rows: Iterable[RowT], report: Report, known: set[str], keep_duplicates: bool = False) -> list[RowT]:
+    """The rows without empty answers and duplicates, which are noted in `report`. Adds the rows' keys to `known`."""
     kept = []
     for row in rows:
-        if row.has_empty_answer:
+        if not all(answer.content.strip() for answer in row.answers):
             report.drop("empty answer", row.place)
-        elif row.said in known and not keep_duplicates:
+        elif row.key in known and not keep_duplicates:
             report.drop("a duplicate", row.place)
         else:
-            known.add(row.said)
+            known.add(row.key)
             kept.append(row)
     return kept
 
 
-def hold_out(rows: Sequence[Said], fraction: float) -> tuple[list[Said], list[Said]]:
-    """(training, held out), by a hash of what is said: adding conversations moves none, and equal ones stay together.
-
-    Of a few, one at least is held out, if that leaves any.
-    """
-    lowest = min((share(row.said) for row in rows), default=0.0)
-    limit = max(fraction, math.nextafter(lowest, 1)) if fraction else 0.0
-    held_out = [row for row in rows if share(row.said) < limit]
-    training = [row for row in rows if share(row.said) >= limit]
-    return (training, held_out) if training else (held_out, [])
+def hold_out(rows: Sequence[RowT], fraction: float) -> tuple[list[RowT], list[RowT]]:
+    """Split into (training, held out) by a hash of each row: a row stays on its side when others are added, and equal rows stay
+    together. With fraction > 0, at least one row is held out, unless that would leave none to train on."""
+    hashes = [text_hash(row.key.encode()) for row in rows]
+    limit = held_out_below(hashes, fraction)
+    training = [row for row, digest in zip(rows, hashes, strict=True) if digest >= limit]
+    held_out = [row for row, digest in zip(rows, hashes, strict=True) if digest < limit]
+    return training, held_out

@@ -1,7 +1,7 @@
-"""Dataset directories: token ids in NumPy files, and a manifest that says what is in them.
+"""Dataset directories: token ids in NumPy files, and a manifest that describes them.
 
 dataset/
-  train-00000.npy ...  val-00000.npy ...   one-dimensional uint16 or uint32, each document after an <|endoftext|> id
+  train-00000.npy ...  val-00000.npy ...   one-dimensional, uint16 or uint32; each document begins with the <|endoftext|> id
   tokenizer/                               the tokenizer that made them
   manifest.json                            counts, names and the sha256 of each shard; written last
 """
@@ -25,9 +25,9 @@ SPLITS = ("train", "val")
 
 
 class ShardWriter:
-    """Writes `total` tokens of one split into shards of `shard_tokens`; each gets its name when it is whole, and on disk.
+    """Writes the `total` tokens of a split into shards of `shard_tokens`. A shard gets its name when it is complete and on disk.
 
-    Shards that an interrupted run has left are kept: `ready` tokens are there already, and are not to be written again.
+    Shards that an interrupted run has left are kept: their `ready` tokens must not be written again.
     """
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype, total: int, shard_tokens: int) -> None:
@@ -43,9 +43,9 @@ class ShardWriter:
         self.file: BinaryIO | None = None
 
     def write(self, tokens: NDArray[np.integer]) -> bool:
-        """Append tokens, in the order in which they follow; true if a shard has become whole."""
+        """Append tokens to the split. Returns True if a shard has become complete."""
         assert tokens.dtype == self.dtype, "tokens of another type could wrap"
-        whole = False
+        completed = False
         while len(tokens):
             if self.file is None:
                 self._open()
@@ -55,9 +55,9 @@ class ShardWriter:
             self.hash.update(data)
             self.room -= len(part)
             if self.room == 0:
-                whole = True
+                completed = True
                 self._finish()
-        return whole
+        return completed
 
     def _open(self) -> None:
         path, self.room = self.left[0]
@@ -76,12 +76,12 @@ class ShardWriter:
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type of shards that holds every id."""
+    """The smallest dtype of shards that holds every id."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
 class Shard(Manifest):
-    """What the manifest says of a shard."""
+    """The manifest's entry for a shard."""
 
     file: FileName
     tokens: int
@@ -89,7 +89,7 @@ class Shard(Manifest):
 
 
 class Split(Manifest):
-    """What the manifest says of a split. The longest document is in tokens."""
+    """The manifest's entry for a split. The longest document is in tokens."""
 
     documents: int
     tokens: int
@@ -107,7 +107,7 @@ class Splits(Manifest):
 
 
 class DatasetManifest(Manifest):
-    """manifest.json. What has a default is for people, and may be missing where another program made the dataset."""
+    """manifest.json. Fields with a default are for people, and may be missing if another program made the dataset."""
 
     of: ClassVar[str] = "a dataset's manifest"
 
@@ -121,9 +121,9 @@ class DatasetManifest(Manifest):
 
 
 class Dataset:
-    """A dataset directory, opened for reading: `manifest`, `tokenizer`, and `shards(split)`, memory-mapped.
+    """A dataset directory, opened for reading: `manifest`, `tokenizer`, and the memory-mapped `shards(split)`.
 
-    Raises UserError where the directory is not a whole dataset: a shard missing, cut short or changed is named.
+    Raises UserError if the directory is not a whole dataset, with the name of the file that is missing, cut short or changed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -141,30 +141,29 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """Identity: two datasets with equal sha256 hold the same tokens of the same tokenizer, wherever they stand."""
+        """Identity: datasets with equal sha256 hold the same tokens of the same tokenizer, wherever they are stored."""
         shards = [shard["sha256"] for split in SPLITS for shard in self.splits[split]["shards"]]
         return hashlib.sha256(" ".join([self.tokenizer.sha256, *shards]).encode()).hexdigest()
 
     def shards(self, split: str) -> list[NDArray]:
-        """The token ids of a split, a memory-mapped array a shard, each verified by its sha256."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside of Python's lock
-            return list(pool.map(self._open, self.splits[split]["shards"]))
-
-    def _open(self, shard: dict[str, Any]) -> NDArray:
-        path = self.directory / shard["file"]
+        """The token ids of a split: a memory-mapped array per shard, each verified by its sha256."""
+        entries = self.splits[split]["shards"]
+        paths = [self.directory / entry["file"] for entry in entries]
         try:
-            if file_sha256(path) != shard["sha256"]:
-                raise UserError(f"{path}: cut short or changed since it was written; prepare the data again")
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
+                hashes = list(pool.map(file_sha256, paths))
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; prepare the data again") from None
+        # In one thread: NumPy parses the headers with ast, which has a race in CPython 3.11.
+        return [self._open(path, entry, digest) for path, entry, digest in zip(paths, entries, hashes, strict=True)]
+
+    def _open(self, path: Path, shard: dict[str, Any], sha256: str) -> NDArray:
+        if sha256 != shard["sha256"]:
+            raise UserError(f"{path}: cut short or changed since it was written; prepare the data again")
+        try:
             tokens = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives as well
-        except UserError:
-            raise
         except (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
             raise UserError(f"{path}: not a whole .npy file ({error!r}); prepare the data again") from None
         if tokens.dtype != self.dtype or tokens.shape != (shard["tokens"],):
             raise UserError(f"{path}: {tokens.dtype} {tokens.shape} where the manifest says {self.dtype} ({shard['tokens']},)")
         return tokens
-
-
-def share(text: str) -> float:
-    """A text's place in [0, 1), from a hash: those below a fraction are held out, and adding texts moves none."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,4 +1,4 @@
-"""Work for several processes: jobs that are independent of each other, some at a time, with a bar that shows how far it is."""
+"""Runs independent jobs in several processes, with a progress bar."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import Any
@@ -19,52 +19,39 @@ Job = tuple[Callable[..., Any], *tuple[Any, ...]]  # a function and its argument
 
 
 def in_parallel(jobs: Sequence[Job], workers: int, sizes: Sequence[int] | None = None) -> Iterator[Any]:
-    """Call the jobs in up to `workers` processes and give their results as they come, in no certain order.
+    """Run the jobs in up to `workers` processes and yield their results as they finish, in any order.
 
-    `sizes` in bytes, one a job, asks for a progress bar. An exception in a job ends all. Raises MachineError where a process
-    was killed, most likely for want of memory.
+    `sizes` (bytes, one per job) asks for a progress bar. An exception in a job ends all. Raises MachineError if a process was
+    killed, most likely because memory ran out.
     """
-    tqdm.monitor_interval = 0  # no thread beside the bar, see below
-    # On a terminal the bar moves; elsewhere a line is printed now and then.
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=sum(sizes or ()),
-        unit="B",
-        unit_scale=True,
-        disable=not sizes or not (terminal or sum(sizes) > 2**28),
-        mininterval=0.1 if terminal else 30,
-        desc="encoding",
-    )
-    todo = list(range(len(jobs)))[::-1]
-    with bar:
+    tqdm.monitor_interval = 0  # no thread beside the bar: forking needs a process with a single thread
+    terminal = sys.stderr.isatty()  # elsewhere a line is printed now and then, for large inputs
+    shown = sizes and (terminal or sum(sizes) > 2**28)
+    seconds = 0.1 if terminal else 30
+    sizes = sizes or [0] * len(jobs)
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=not shown, mininterval=seconds, desc="encoding") as bar:
         if min(workers, len(jobs)) <= 1:
-            for number, (function, *arguments) in enumerate(jobs):
+            for (function, *arguments), size in zip(jobs, sizes, strict=True):
                 yield function(*arguments)
-                bar.update(sizes[number] if sizes else 0)
+                bar.update(size)
             return
-        # A forked process has what its parent has loaded. Where that is not to be had, or not safe for threads and open
-        # connections, a fresh one loads it anew.
+        # A forked process inherits what its parent has loaded. That is safe without threads and open connections.
         forked = sys.platform == "linux" and threading.active_count() == 1 and "datasets" not in sys.modules
         context = multiprocessing.get_context("fork" if forked else "spawn")
-        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start)
-        running: dict[Future, int] = {}
+        pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker)
         try:
-            while todo or running:
-                while todo and len(running) < 2 * workers:
-                    number = todo.pop()
-                    running[pool.submit(*jobs[number])] = number
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    number = running.pop(future)
-                    yield future.result()
-                    bar.update(sizes[number] if sizes else 0)
+            size_of = {pool.submit(*job): size for job, size in zip(jobs, sizes, strict=True)}
+            for future in as_completed(size_of):
+                yield future.result()
+                bar.update(size_of[future])
         except BrokenProcessPool:
-            raise MachineError("a worker process was killed, perhaps for want of memory: lower --workers") from None
+            raise MachineError("a worker process was killed, perhaps because memory ran out: lower --workers") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start() -> None:
-    """In a worker: Ctrl-C is the parent's affair, and a parent that was killed leaves no worker behind."""
+def _start_worker() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,13 +1,14 @@
-"""What a model has read so far: the keys and values of every block, so that a new token costs one token's work.
+"""The key-value cache: keys and values of the tokens read so far, so that a new token costs the work of one token.
 
     cache = Cache(model.config, rows=2)
     cache.make_room(3)
     hidden = model.hidden(ids, cache=cache)      # ids (2, 3) -> (2, 3, C)
-    cache.advance(ids, [3, 2])                   # the second row had two tokens; what was written after them does not count
+    cache.advance(ids, [3, 2])                   # the second row has two tokens: its third place will be overwritten
 
-Shapes as in model.py; S slots are room for so many tokens. Rows may be of different lengths: each begins at slot 0.
+Shapes as in model.py; S slots hold one token each. Rows may have different lengths: each begins at slot 0.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,58 @@ from torch import Tensor
 STEP = 256  # slots by which a cache grows
 
 
-class Cache:
-    """Keys and values (rows, K, S, D) of each block, and how many tokens of each row they hold.
+class Rows:
+    """How many tokens each row of a cache holds. The layers share it."""
 
-    A row goes on beyond the context where positions are rotary: a token sees the last `context` tokens, older ones are
-    dropped when room is needed. `fixed` is the form for compiled code and CUDA graphs: no shape and no number in it changes
-    from step to step, so that all S slots are looked at, through a mask.
+    def __init__(self, count: int, context: int, slots: int, fixed: bool, device: torch.device | None) -> None:
+        self.context, self.slots, self.fixed = context, slots, fixed
+        self.lengths = torch.zeros(count, dtype=torch.int64, device=device)  # slots in use
+        self.dropped = torch.zeros(count, dtype=torch.int64, device=device)  # tokens that came before slot 0
+        self.filled = [0] * count  # equal to lengths, readable without waiting for the device
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all rows have the same length, so that slices can take the place of index tensors."""
+        return not self.fixed and len(set(self.filled)) == 1
+
+    def reach(self, window: int | None) -> int:
+        """How many tokens back a token attends, itself included."""
+        return min(window or self.context, self.context)
+
+    def columns(self, T: int, window: int | None) -> slice:
+        """The slots to which at least one row attends with its next T tokens."""
+        if self.fixed:
+            return slice(0, self.slots)
+        return slice(max(0, min(self.filled) + 1 - self.reach(window)), max(self.filled) + T)
+
+
+class LayerCache:
+    """Keys and values (rows, K, S, D) of one block, which attends to the last `window` tokens (None: the whole context)."""
+
+    def __init__(self, rows: Rows, window: int | None, keys: Tensor, values: Tensor) -> None:
+        self.rows, self.window, self.keys, self.values = rows, window, keys, values
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (rows, K, T, D) of new tokens; returns those of the whole context (rows, K, columns, D)."""
+        keys, values, T = self.keys, self.values, k.size(2)
+        k, v = k.to(keys.dtype), v.to(values.dtype)
+        if self.rows.aligned:
+            slots = slice(self.rows.filled[0], self.rows.filled[0] + T)
+            keys[:, :, slots], values[:, :, slots] = k, v
+        else:
+            slots = self.rows.lengths[:, None] + torch.arange(T, device=k.device)  # (rows, T)
+            row = torch.arange(len(slots), device=k.device)[:, None]
+            keys[row, :, slots], values[row, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
+        columns = self.rows.columns(T, self.window)
+        return keys[:, :, columns], values[:, :, columns]
+
+
+class Cache:
+    """The layers' keys and values, in the form that `GPT.hidden` takes.
+
+    With rotary positions a row can grow beyond the context: a token attends to the last `context` tokens, and older ones are
+    dropped when their slots are needed. With `fixed`, for compiled code and CUDA graphs, no shape and no Python number changes
+    from step to step: attention covers all S slots, through a mask.
     """
 
     def __init__(
@@ -31,138 +78,115 @@ class Cache:
         rows: int,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-        context: int | None = None,
         slots: int = 0,
         fixed: bool = False,
     ) -> None:
-        """config is a GPTConfig; a token sees the last `context` tokens, at most and by default block_size. Slots are
-        allocated at once, and more in steps as they are needed."""
-        self.context, self.fixed, self.slots = context or config.block_size, fixed, _round_up(slots)
-        shape = (rows, config.kv_heads, self.slots, config.head_size)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # slots in use
-        self.dropped = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens that were there before slot 0
-        self.previous = torch.full((rows,), config.vocab_size, device=device)  # the last token; vocab_size: none
-        self.filled = [0] * rows  # the same as lengths, where the device need not be asked
-        self._stay()
+        """config is a GPTConfig. `slots` are allocated at once, more of them when they are needed."""
+        slots = _round_up(slots)
+        self.rows = Rows(rows, config.block_size, slots, fixed, device)
+        shape = (rows, config.kv_heads, slots, config.head_size)
+        self.layers = [
+            LayerCache(self.rows, window, *(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+            for window in config.windows
+        ]
+        self.previous = torch.full((rows,), config.vocab_size, device=device)  # the last token's id; vocab_size: none
+        self._mark_static()
 
-    def _stay(self) -> None:
-        """Promise the compiler that these tensors stay where they are: a CUDA graph then writes into them, without copies."""
-        if self.fixed:
-            for tensor in (*self.keys, *self.values, self.lengths, self.dropped, self.previous):
+    def _mark_static(self) -> None:
+        """Promise the compiler that these tensors keep their addresses: a CUDA graph then writes into them without copies."""
+        if self.rows.fixed:
+            stored = (tensor for layer in self.layers for tensor in (layer.keys, layer.values))
+            for tensor in (*stored, self.rows.lengths, self.rows.dropped, self.previous):
                 torch._dynamo.mark_static_address(tensor)
 
-    # What the model asks.
+    # Called by the model.
 
     def positions(self, T: int) -> Tensor:
         """Positions (rows, T) of the next T tokens of each row."""
-        return (self.lengths + self.dropped)[:, None] + torch.arange(T, device=self.lengths.device)
+        return (self.rows.lengths + self.rows.dropped)[:, None] + torch.arange(T, device=self.rows.lengths.device)
 
     def mask(self, T: int, window: int | None) -> Tensor | None:
-        """Which columns of what `store` gives the next T tokens may look at: (rows, 1, T, columns).
+        """Which of the columns that `LayerCache.update` returns each of the next T tokens may attend to: (rows, 1, T, columns).
 
-        None: all up to themselves, as in training, or for a single token all.
+        None: all columns up to the token itself, as in training.
         """
-        reach = self._reach(window)
-        if not self.fixed and len(set(self.filled)) == 1 and (T == 1 or (self.filled[0] == 0 and reach >= T)):
+        rows, reach = self.rows, self.rows.reach(window)
+        if rows.aligned and (T == 1 or (rows.filled[0] == 0 and reach >= T)):
             return None
-        columns = self._columns(T, window)
-        j = torch.arange(columns.start, columns.stop, device=self.lengths.device)
-        i = self.lengths[:, None, None] + torch.arange(T, device=j.device)[:, None]  # (rows, T, 1)
+        columns = rows.columns(T, window)
+        j = torch.arange(columns.start, columns.stop, device=rows.lengths.device)
+        i = rows.lengths[:, None, None] + torch.arange(T, device=j.device)[:, None]  # (rows, T, 1)
         return ((j <= i) & (i - j < reach))[:, None]
 
-    def store(self, layer: int, window: int | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a block's keys and values (rows, K, T, D) of new tokens; returns those of all that may be looked at."""
-        keys, values, T = self.keys[layer], self.values[layer], k.size(2)
-        k, v = k.to(keys.dtype), v.to(values.dtype)
-        if not self.fixed and len(set(self.filled)) == 1:
-            slots = slice(self.filled[0], self.filled[0] + T)
-            keys[:, :, slots], values[:, :, slots] = k, v
-        else:
-            slots = self.lengths[:, None] + torch.arange(T, device=k.device)  # (rows, T)
-            rows = torch.arange(len(slots), device=k.device)[:, None]
-            keys[rows, :, slots], values[rows, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
-        columns = self._columns(T, window)
-        return keys[:, :, columns], values[:, :, columns]
-
-    def _columns(self, T: int, window: int | None) -> slice:
-        """Slots that at least one row looks at."""
-        if self.fixed:
-            return slice(0, self.slots)
-        return slice(max(0, min(self.filled) + 1 - self._reach(window)), max(self.filled) + T)
-
-    def _reach(self, window: int | None) -> int:
-        """How many tokens back a token looks, itself included."""
-        return min(window or self.context, self.context)
-
-    # What the caller does.
+    # Called by the engine.
 
     def make_room(self, T: int) -> None:
-        """Have slots for T more tokens in each row; beyond the context and some slack the oldest tokens make room.
+        """Have slots for T more tokens in each row, by dropping the oldest tokens once a row exceeds the context by a quarter.
 
-        Whoever uses a model whose positions are not rotary must not go on beyond block_size.
+        With positions that are not rotary, a row must not exceed block_size.
         """
-        need = max(self.filled) + T
-        if need > self.slots and need > self.context + self.context // 4:
-            self._drop_oldest(self.context - 1)
-            need = max(self.filled) + T
+        need, context = max(self.rows.filled) + T, self.rows.context
+        if need > self.rows.slots and need > context + context // 4:
+            self._drop_oldest(context - 1)
+            need = max(self.rows.filled) + T
         self._grow(need)
 
     def _grow(self, need: int) -> None:
-        if need > self.slots:
-            grown = _round_up(need)
-            for tensors in (self.keys, self.values):
-                for i, tensor in enumerate(tensors):
-                    tensors[i] = torch.cat((tensor, tensor.new_zeros(*tensor.shape[:2], grown - self.slots, tensor.size(3))), 2)
-            self.slots = grown
-            self._stay()
+        more = _round_up(need) - self.rows.slots
+        if more <= 0:
+            return
+        for layer in self.layers:
+            extra = layer.keys.new_zeros(*layer.keys.shape[:2], more, layer.keys.size(3))
+            layer.keys, layer.values = torch.cat((layer.keys, extra), 2), torch.cat((layer.values, extra), 2)
+        self.rows.slots += more
+        self._mark_static()
 
     def _drop_oldest(self, keep: int) -> None:
-        """Forget all but the last `keep` tokens of each row; what is kept moves to the front, its keys as they are."""
-        for row, filled in enumerate(self.filled):
+        """Forget all but the last `keep` tokens of each row, and move these to the front; their keys stay as they are."""
+        for row, filled in enumerate(self.rows.filled):
             if (drop := filled - keep) > 0:
-                for tensor in (*self.keys, *self.values):
+                for tensor in (tensor for layer in self.layers for tensor in (layer.keys, layer.values)):
                     tensor[row, :, :keep] = tensor[row, :, drop:filled].clone()
-                self.lengths[row] -= drop
-                self.dropped[row] += drop
-                self.filled[row] = keep
+                self.rows.lengths[row] -= drop
+                self.rows.dropped[row] += drop
+                self.rows.filled[row] = keep
 
     def advance(self, ids: Tensor, counts: Sequence[int]) -> None:
-        """Of the ids (rows, T) that the model has just read, the first `counts` of each row count."""
+        """Count the first `counts` of the ids (rows, T), which the model has just read, as part of each row."""
+        rows = self.rows
         if min(counts) == max(counts) == 1:
-            self.lengths += 1
+            rows.lengths += 1
             self.previous.copy_(ids[:, 0])
         else:
             number = torch.tensor(counts, device=ids.device)
-            self.lengths += number
+            rows.lengths += number
             last = ids.gather(1, (number - 1).clamp_min(0)[:, None])[:, 0]
             self.previous.copy_(torch.where(number > 0, last, self.previous))
-        self.filled = [filled + count for filled, count in zip(self.filled, counts, strict=True)]
+        rows.filled = [filled + count for filled, count in zip(rows.filled, counts, strict=True)]
 
     def select(self, rows: Sequence[int]) -> "Cache":
         """A copy of some rows; a row may be taken several times."""
-        index = torch.tensor(rows, device=self.lengths.device)
-        other = Cache.__new__(Cache)
-        other.context, other.fixed, other.slots = self.context, self.fixed, self.slots
-        other.keys, other.values = ([tensor[index] for tensor in tensors] for tensors in (self.keys, self.values))
-        other.lengths, other.dropped, other.previous = self.lengths[index], self.dropped[index], self.previous[index]
-        other.filled = [self.filled[row] for row in rows]
-        other._stay()
+        index = torch.tensor(rows, device=self.rows.lengths.device)
+        other, other.rows = copy.copy(self), copy.copy(self.rows)
+        other.rows.lengths, other.rows.dropped = self.rows.lengths[index], self.rows.dropped[index]
+        other.rows.filled = [self.rows.filled[row] for row in rows]
+        other.layers = [LayerCache(other.rows, layer.window, layer.keys[index], layer.values[index]) for layer in self.layers]
+        other.previous = self.previous[index]
+        other._mark_static()
         return other
 
     def put(self, rows: Sequence[int], other: "Cache") -> None:
-        """Replace rows by those of another cache, one for each."""
-        index = torch.tensor(rows, device=self.lengths.device)
-        used = max(other.filled)
+        """Replace rows by those of another cache, in order."""
+        index = torch.tensor(rows, device=self.rows.lengths.device)
+        used = max(other.rows.filled)
         self._grow(used)
-        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for tensor, source in zip(ours, theirs, strict=True):
-                tensor[index, :, :used] = source[:, :, :used]
-        for name in ("lengths", "dropped", "previous"):
-            getattr(self, name)[index] = getattr(other, name)
-        for row, filled in zip(rows, other.filled, strict=True):
-            self.filled[row] = filled
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            layer.keys[index, :, :used] = source.keys[:, :, :used]
+            layer.values[index, :, :used] = source.values[:, :, :used]
+        self.rows.lengths[index], self.rows.dropped[index] = other.rows.lengths, other.rows.dropped
+        self.previous[index] = other.previous
+        for row, filled in zip(rows, other.rows.filled, strict=True):
+            self.rows.filled[row] = filled
 
 
 def _round_up(slots: int) -> int:

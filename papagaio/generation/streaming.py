@@ -1,10 +1,10 @@
-"""Tokens to text while they come.
+"""Tokens to text while they are generated.
 
     stream = TextStream(tokenizer, stop=["\\n\\n"])
-    stream.push(token)                           # the text that is certain now, "" for half a character
+    stream.push(token)                           # the text that can be shown now; "" after half a character
     stream.close()                               # the rest
 
-Tokens end anywhere, inside a character as well.
+A token can end anywhere, even inside a character.
 """
 
 import codecs
@@ -15,10 +15,10 @@ from papagaio.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Text of tokens as they come: whole characters with all their marks, ending before the first of the `stop` texts.
+    """Turns tokens into text of whole characters with their combining marks, which ends before the first of the `stop` texts.
 
-    Held back until more is known: the beginning of a UTF-8 character or of a stop text, and the last character, to which a
-    combining mark may still come.
+    Held back until more tokens come: the beginning of a UTF-8 character or of a stop text, and the last character, because a
+    combining mark may follow.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -26,7 +26,7 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int, may_stop: bool = True) -> str:
-        """The text that is certain with this token. `stopped` is true once a stop text is complete."""
+        """Add a token; returns the text that cannot change any more. `stopped` becomes true when a stop text is complete."""
         self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
         stop = self.stop if may_stop else []
         cuts = [self.held.find(text) for text in stop if text in self.held]
@@ -41,7 +41,7 @@ class TextStream:
         return self._take(safe)
 
     def close(self) -> str:
-        """What was held back, when no more tokens come."""
+        """The text that was held back, when no more tokens come."""
         if not self.stopped:
             self.held += self.decoder.decode(b"", final=True)
         return self._take(len(self.held))
@@ -52,12 +52,12 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that is a beginning of stop."""
+    """Length of the longest suffix of text that is a prefix of stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _joins(before: str, character: str) -> bool:
-    """Whether a character is shown in one with the one before it: a combining mark, a part of an emoji, half a flag."""
+    """Whether a character is displayed as one with the character before: a combining mark, part of an emoji, half a flag."""
     flags = "\U0001f1e6" <= before <= "\U0001f1ff" and "\U0001f1e6" <= character <= "\U0001f1ff"
     joiner = "\u200d"
     tone = "\U0001f3fb" <= character <= "\U0001f3ff"

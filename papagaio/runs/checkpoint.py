@@ -1,16 +1,14 @@
-"""Checkpoint directories: complete without siblings, no pickle, verified by sha256, there whole or not at all.
+"""The checkpoint format: a directory that needs no other, without pickles, verified by sha256, written whole or not at all.
 
-run/checkpoints/step-1000/   model.safetensors, model.json, optimizer.safetensors, state.json, tokenizer/, manifest.json
-run/checkpoints/last, best   small text files with the name of one of them
+    step-1000/   model.safetensors, model.json, optimizer.safetensors, state.json, tokenizer/, manifest.json
 
-With adapters (training/lora.py), a checkpoint holds adapter_model.safetensors and adapter_config.json in place of
-model.safetensors, and its state names the base that they belong to by its sha256.
+With adapters (training/lora.py), adapter_model.safetensors and adapter_config.json replace model.safetensors, and state.json
+holds the sha256 of the base's weights. runs/directory.py finds and opens the checkpoints of a run.
 """
 
-import re
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,107 +16,73 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from papagaio import files
 from papagaio.errors import MachineError, UserError
-from papagaio.files import (
-    SAVE_TENSORS,
-    FileName,
-    Manifest,
-    Sha256,
-    file_sha256,
-    flush_to_disk,
-    read_manifest,
-    read_object,
-    read_text,
-    refuse_pickle,
-    sealed,
-    to_json,
-    write_whole,
-)
-from papagaio.options import load_toml
+from papagaio.files import SAVE_TENSORS, FileName, Manifest, Sha256, read_object, refuse_pickle, to_json
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from papagaio.training.lora import adapter_state, adapters, expected, load_adapters, merged
 from papagaio.training.optimizers import expected_state
 
+WEIGHTS, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
+CURE = "take another checkpoint"
+LONGEST_CONTEXT = 2**22  # tokens; longer than that of any model so far
+MakeModel = Callable[[dict[str, Any]], nn.Module]
+
 
 class Contents(NamedTuple):
-    """What a checkpoint holds beside its tokenizer: tensors by file and name, and the text of the JSON files."""
+    """The content of a checkpoint besides the tokenizer: tensors by file and name, and the text of the JSON files."""
 
-    tensors: dict[str, dict[str, torch.Tensor]]
+    tensors: dict[str, dict[str, Tensor]]
     texts: dict[str, str]
 
 
-def contents(
-    model: nn.Module, model_fields: dict[str, Any], optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
-) -> Contents:
-    """What is to be saved; the tensors are those that training goes on to change. Of a model with adapters these alone."""
-    texts = {"model.json": to_json(model_fields), "state.json": to_json(state)}
+def contents(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> Contents:
+    """What a checkpoint of a model will hold: of a model with adapters, these alone. The tensors are not copied."""
+    texts = {"model.json": to_json(dataclasses.asdict(model.config)), "state.json": to_json(state)}
     if adapters(model):
         weights, adapter_config = adapter_state(model)
-        tensors = {"adapter_model.safetensors": weights}
+        tensors = {ADAPTERS: weights}
         texts["adapter_config.json"] = to_json(adapter_config)
     else:
-        tensors = {"model.safetensors": {name: t.contiguous() for name, t in model.state_dict().items()}}
-    return Contents(tensors | {"optimizer.safetensors": _optimizer_tensors(model, optimizers)}, texts)
+        tensors = {WEIGHTS: {name: tensor.contiguous() for name, tensor in model.state_dict().items()}}
+    names = {p: name for name, p in model.named_parameters()}
+    moments = {
+        f"{i}.{names[p]}.{key}": tensor.contiguous()
+        for i, optimizer in enumerate(optimizers)
+        for p, kept in optimizer.state.items()
+        for key, tensor in kept.items()
+    }
+    return Contents(tensors | {"optimizer.safetensors": moments}, texts)
 
 
 def write_checkpoint(final: Path, contents: Contents, tokenizer: Tokenizer) -> None:
-    """Write a checkpoint directory, in a temporary one beside it which then gets its name. Equal contents give equal files.
-
-    Raises OSError, or safetensors' own error, and leaves nothing, where the disk does not take it.
-    """
+    """Write a checkpoint under a temporary name and rename it to `final`. Equal contents give equal files. Raises OSError or
+    SafetensorError, and leaves nothing, if the disk fails."""
     temporary = final.with_name(f".{final.name}.tmp")
-    discard(temporary)
+    files.discard(temporary)
     try:
         temporary.mkdir(parents=True)
         for name, text in contents.texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         for name, tensors in contents.tensors.items():
-            metadata = {"format": "pt"} if name == "adapter_model.safetensors" else None  # as PEFT wants it
+            metadata = {"format": "pt"} if name == ADAPTERS else None  # which PEFT asks for
             save_file(tensors, temporary / name, metadata)
-            shutil.copymode(temporary / "model.json", temporary / name)  # safetensors' own lets nobody else read it
+            shutil.copymode(temporary / "model.json", temporary / name)  # safetensors lets only the owner read its files
         save_tokenizer(tokenizer, temporary / "tokenizer")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {"files": {str(path.relative_to(temporary)): file_sha256(path) for path in files}}
-        for path in files:
-            flush_to_disk(path)
-        write_whole(temporary / "manifest.json", sealed(manifest))
-        flush_to_disk(temporary / "tokenizer")
-        discard(final)  # damaged, or of a run that went on from before it
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = {"files": {str(path.relative_to(temporary)): files.file_sha256(path) for path in paths}}
+        for path in paths:
+            files.flush_to_disk(path)
+        files.write_whole(temporary / "manifest.json", files.sealed(manifest))
+        files.flush_to_disk(temporary / "tokenizer")
+        files.discard(final)  # damaged, or from before the run was resumed at an earlier step
         temporary.rename(final)
-        flush_to_disk(final.parent)
+        files.flush_to_disk(final.parent)
     except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def discard(path: Path) -> None:
-    """Delete a directory; what a crash leaves half deleted does not bear its name any more."""
-    if path.exists():
-        condemned = path.with_name(f".{path.name.lstrip('.')}.old")
-        shutil.rmtree(condemned, ignore_errors=True)
-        path.rename(condemned)
-        shutil.rmtree(condemned)
-
-
-def steps_saved(checkpoints: Path) -> list[int]:
-    """The steps of the checkpoints in a directory, in order."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
-
-
-def prune(checkpoints: Path, step: int, keep: int) -> None:
-    """Of the checkpoints up to `step` delete all but the `keep` newest, and those that last and best name.
-
-    What is beyond the step is damaged: a run goes on from the newest that is not. It stays until its step is saved again.
-    """
-    for left in checkpoints.glob(".*.old"):  # by a deletion that was broken off
-        shutil.rmtree(left)
-    files = (checkpoints / name for name in ("last", "best"))
-    named = {path.read_text(encoding="utf-8").strip() for path in files if path.exists()}
-    for old in [n for n in steps_saved(checkpoints) if n <= step][:-keep]:
-        if f"step-{old}" not in named:
-            discard(checkpoints / f"step-{old}")
 
 
 class CheckpointManifest(Manifest):
@@ -129,11 +93,7 @@ class CheckpointManifest(Manifest):
     files: dict[FileName, Sha256]
 
 
-CURE = "take another checkpoint"
-LONGEST_CONTEXT = 2**22  # tokens; beyond any that was ever trained
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory whose files have been verified: `GPT(GPTConfig(**checkpoint.model_fields))` is its model."""
 
@@ -141,45 +101,43 @@ class Checkpoint:
     model_fields: dict[str, Any]
     state: dict[str, Any]
     tokenizer: Tokenizer
-    weights_sha256: str  # of the file of weights, or of adapters
-    base: "Checkpoint | None" = None  # what the adapters belong to, where it holds such
+    weights: Path  # the file of weights, or of adapters
+    weights_sha256: str
+    base: "Checkpoint | None" = None  # for adapters: the checkpoint they belong to
 
-    def outline(self, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
-        """The model that `make` makes of model_fields, on the meta device: no time or memory goes into weights.
+    @property
+    def has_adapters(self) -> bool:
+        return self.weights.name == ADAPTERS
 
-        Raises UserError where it is none, or the saved weights are not its own.
-        """
-        draws = nn.Embedding.reset_parameters
-        nn.Embedding.reset_parameters = lambda self: None  # to draw normal numbers on this device, torch imports its compiler
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model was fine-tuned and answers questions, or continues text as pretraining left it."""
+        return self.state.get("stage") == "finetune"
+
+    def outline(self, make_model: MakeModel) -> nn.Module:
+        """The model of model.json on the meta device, without weights; for make_model see `model_maker`. Raises UserError if
+        model.json describes no model, or one that the saved weights do not fit."""
         try:
-            with torch.device("meta"):
-                model = make(self.model_fields)
+            with torch.device("meta"), _WithoutDraws():
+                model = make_model(self.model_fields)
         except (TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
             raise UserError(f"{self.path / 'model.json'}: {error}; {CURE}") from None
-        finally:
-            nn.Embedding.reset_parameters = draws
         self._compare(model.state_dict())
         return model
 
-    def build(self, make: Callable[[dict[str, Any]], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The model that `make` makes of model_fields, for generation: with the saved weights, matrices in dtype.
-
-        What stays as it is in the file is mapped, not copied.
-        """
-        model = self.outline(make)
+    def build(self, make_model: MakeModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The model for generation: with the saved weights, matrices in dtype. Weights whose type is kept are memory-mapped."""
+        model = self.outline(make_model)
         self.load_model(model, dtype)
         return model.to(device).eval()
 
     def load_model(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        """Copy the saved weights into a model, or let them be the weights of one on the meta device, matrices in dtype.
-
-        Adapters are added into the weights, or put into a model that has such itself. Raises UserError where names, types or
-        shapes differ, before anything is read but headers; MachineError for weights that are not finite.
-        """
-        if self.base is not None and adapters(model):
-            path = self.path / "adapter_model.safetensors"
-            compare(path, adapter_state(model)[0], "the model with adapters", "they are of another rank or have other targets")
-            load_adapters(model, _load_tensors(path))
+        """Copy the saved weights into a model, or assign them to one on the meta device, with matrices in dtype. Adapters are
+        put into a model that has adapters, and are added to the weights of any other. Raises UserError if names, types or shapes
+        differ, before more than the file's header is read; MachineError if weights are not finite."""
+        if self.has_adapters and adapters(model):
+            compare(self.weights, adapter_state(model)[0], "the model with adapters", "they have another rank or other targets")
+            load_adapters(model, _load_tensors(self.weights))
             return
         self._compare(model.state_dict())
         tensors = self._tensors()
@@ -188,18 +146,17 @@ class Checkpoint:
         model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
 
     def _compare(self, weights: Mapping[str, Tensor]) -> None:
-        """Raises UserError unless the weights saved here, or in the base of what is saved here, are such as these."""
+        """Raises UserError unless the saved weights have the names, types and shapes of `weights`, and the adapters fit them."""
         if self.base is None:
-            compare(self.path / "model.safetensors", weights)
+            compare(self.weights, weights)
             return
         self.base._compare(weights)
-        path = self.path / "adapter_model.safetensors"
-        compare(path, expected(weights, header(path), self._adapter_config()["r"]), "the model with adapters")
+        compare(self.weights, expected(weights, header(self.weights), self._adapter_config()["r"]), "the model with adapters")
 
     def _tensors(self) -> dict[str, Tensor]:
-        if self.base is None:
-            return _load_tensors(self.path / "model.safetensors")
-        return merged(self.base._tensors(), _load_tensors(self.path / "adapter_model.safetensors"), self._adapter_config())
+        """The saved weights, with adapters added."""
+        tensors = _load_tensors(self.weights)
+        return tensors if self.base is None else merged(self.base._tensors(), tensors, self._adapter_config())
 
     def _adapter_config(self) -> dict[str, Any]:
         path = self.path / "adapter_config.json"
@@ -210,45 +167,69 @@ class Checkpoint:
         return config
 
     def load_optimizers(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Restore what `write_checkpoint` stored of the optimizers. Raises UserError where they are others."""
+        """Restore the saved state of the optimizers. Raises UserError if they are other optimizers."""
         path = self.path / "optimizer.safetensors"
         names = {p: name for name, p in model.named_parameters()}
-        found, wanted = header(path), {}
+        found, wanted, places = header(path), {}, []
         for i, optimizer in enumerate(optimizers):
             for p, tensors in expected_state(optimizer).items():
                 named = {f"{i}.{names[p]}.{key}": tensor for key, tensor in tensors.items()}
-                if named.keys() & found.keys():  # else it has not made a step yet
+                if named.keys() & found.keys():  # otherwise it has made no step yet
                     wanted |= named
+                    places.append((optimizer, p, named))
         compare(path, wanted, "this optimizer", "made with another optimizer? resume with the run's own options")
         saved = _load_tensors(path)
-        for i, optimizer in enumerate(optimizers):
-            for p, tensors in expected_state(optimizer).items():
-                kept = {key: saved.get(f"{i}.{names[p]}.{key}") for key in tensors}
-                optimizer.state[p] = {key: tensor.to(p.device) for key, tensor in kept.items() if tensor is not None}
+        for optimizer, p, named in places:
+            optimizer.state[p] = {name.rpartition(".")[2]: saved[name].to(p.device) for name in named}
+
+    def check_sizes(self) -> None:
+        """Raises UserError if sizes in model.json contradict the tokenizer or the weights: even meta layers take memory."""
+        holder = self
+        while holder.base is not None:
+            holder = holder.base
+        tensors = header(holder.weights)
+        largest = max((size for _, shape in tensors.values() for size in shape), default=1)
+        tokens = self.tokenizer.vocab_size
+        limits = {"vocab_size": (tokens, tokens), "n_layer": (1, len(tensors)), "n_embd": (1, largest)}
+        for name, (least, most) in (limits | {"block_size": (1, LONGEST_CONTEXT)}).items():
+            value = self.model_fields.get(name)
+            if type(value) is not int or not least <= value <= most:
+                allowed = f"allow {least:,} to {most:,}; {CURE}"
+                raise UserError(f"{self.path / 'model.json'}: {name} is {value!r}; the tokenizer and weights beside it {allowed}")
 
 
-def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
-    """Open a checkpoint directory, a `last` or `best` file, or a run, and verify its files.
+class _WithoutDraws(TorchFunctionMode):
+    """Skips nn.init.normal_, which on the meta device has nothing to draw, but would import torch's compiler."""
 
-    Of a run it is the last checkpoint, of one with patience the best. Adapters need the checkpoint that they were made
-    for: `base`, or what their run's config.toml names. Raises UserError where it is none of these, or damaged: the file is
-    named.
-    """
-    return _open(resolve(path), base, ())
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
-def _open(path: Path, base: Path | None, above: tuple[Path, ...]) -> Checkpoint:
-    """`above` are the adapters whose base this is."""
-    files = read_manifest(path / "manifest.json", CheckpointManifest, CURE)["files"]
-    weights = "adapter_model.safetensors" if "adapter_model.safetensors" in files else "model.safetensors"
+def model_maker(model_class: type[nn.Module], config_class: type) -> MakeModel:
+    """A function that builds `model_class(config_class(**fields))` from the fields of a model.json. It raises ValueError if a
+    value has not the type that the dataclass declares."""
+
+    def make_model(fields: dict[str, Any]) -> nn.Module:
+        for field in dataclasses.fields(config_class):
+            value, kind = fields.get(field.name, field.default), field.type
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind | int if kind is float else kind):
+                raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+        return model_class(config_class(**fields))
+
+    return make_model
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Verify a checkpoint directory and read its small files; directory.open_checkpoint does so for any path. Raises UserError,
+    which names the file concerned."""
+    hashes = files.read_manifest(path / "manifest.json", CheckpointManifest, CURE)["files"]
+    weights = ADAPTERS if ADAPTERS in hashes else WEIGHTS
     needed = {weights, "model.json", "state.json", "optimizer.safetensors", "tokenizer/tokenizer.json"}
-    if weights == "adapter_model.safetensors":
-        needed.add("adapter_config.json")
-    if missing := needed - files.keys():
+    if missing := (needed | ({"adapter_config.json"} if weights == ADAPTERS else set())) - hashes.keys():
         raise UserError(f"{path / 'manifest.json'}: does not name {min(missing)}, so that it cannot be verified; {CURE}")
-    for name, sha256 in files.items():
+    for name, sha256 in hashes.items():
         try:
-            if file_sha256(path / name) != sha256:
+            if files.file_sha256(path / name) != sha256:
                 refuse_pickle(path / name, SAVE_TENSORS)
                 raise UserError(f"{path / name}: changed or cut short since it was written; {CURE}")
         except OSError as error:
@@ -256,92 +237,7 @@ def _open(path: Path, base: Path | None, above: tuple[Path, ...]) -> Checkpoint:
     fields, state = (read_object(path / name, CURE) for name in ("model.json", "state.json"))
     if type(state.get("step")) is not int:
         raise UserError(f"{path / 'state.json'}: step must be a whole number, not {state.get('step')!r}; {CURE}")
-    tokenizer = load_tokenizer(path / "tokenizer")
-    below = _base(path, state, base, above) if weights == "adapter_model.safetensors" else None
-    checkpoint = Checkpoint(path, fields, state, tokenizer, files[weights], below)
-    _refuse_absurd(checkpoint)
-    return checkpoint
-
-
-def _refuse_absurd(checkpoint: Checkpoint) -> None:
-    """Raises UserError where the sizes in model.json are not those of the tokenizer and the weights: even a model without
-    weights takes memory for each of its layers."""
-    holder = checkpoint
-    while holder.base is not None:
-        holder = holder.base
-    tensors = header(holder.path / "model.safetensors")
-    largest = max((size for _, shape in tensors.values() for size in shape), default=1)
-    tokens = checkpoint.tokenizer.vocab_size
-    limits = {"vocab_size": (tokens, tokens), "n_layer": (1, len(tensors)), "n_embd": (1, largest)}
-    for name, (least, most) in (limits | {"block_size": (1, LONGEST_CONTEXT)}).items():
-        value = checkpoint.model_fields.get(name)
-        if type(value) is not int or not least <= value <= most:
-            known = f"{least:,}" if least == most else f"{least} to {most:,}"
-            path = checkpoint.path / "model.json"
-            raise UserError(f"{path}: {name} is {value!r}; the tokenizer and weights beside it allow {known}; {CURE}")
-
-
-def _base(path: Path, state: dict[str, Any], base: Path | None, above: tuple[Path, ...]) -> Checkpoint:
-    """The checkpoint that the adapters in `path` were made for. Raises UserError where it is not to be found, or another."""
-    config = path.parent.parent / "config.toml"
-    if base is None and config.is_file():
-        try:
-            base = Path(load_toml(config)[1]["init_from"])
-        except (UserError, KeyError, TypeError):
-            base = None
-    if base is None or not base.exists():
-        tried = f"; it is not at {base} any more" if base is not None else ""
-        raise UserError(f"{path}: adapters alone; name the checkpoint that they were made for with --base{tried}")
-    above, found = (*above, path.resolve()), resolve(base)
-    if found.resolve() in above:
-        raise UserError(f"{path}: adapters for themselves, by way of {found}; name the checkpoint they were made for with --base")
-    opened = _open(found, None, above)
-    if opened.weights_sha256 != state.get("base_sha256"):
-        raise UserError(f"{path}: adapters for another base than {found}; name the one they were made for with --base")
-    return opened
-
-
-def resolve(path: Path) -> Path:
-    """The checkpoint directory that a path means: itself, or what a run's or a pointer file's name leads to."""
-    if not path.exists():
-        raise UserError(f"{path}: no such run or checkpoint")
-    if (path / "manifest.json").exists() and any(path.glob("val-*.npy")):
-        raise UserError(f"{path}: a dataset, not a checkpoint; name a run or a checkpoint directory")
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / ("best" if _means_best(path) else "last")
-    if path.is_file() and path.name in ("last", "best"):
-        path = path.parent / _pointed_to(path)
-    if not (path / "manifest.json").exists():
-        refuse_pickle(path, SAVE_TENSORS)
-        raise UserError(f"{path}: not a checkpoint (no manifest.json); name a run, or a directory run/checkpoints/step-N")
-    return path
-
-
-def _pointed_to(path: Path) -> str:
-    """The name of the directory beside it that a `last` or `best` file holds."""
-    name = read_text(path, "it must hold the name of a checkpoint beside it").strip()
-    if Path(name).name != name or "\0" in name:
-        raise UserError(f"{path}: holds {name[:50]!r}, where the name of a checkpoint beside it is needed")
-    return name
-
-
-def _means_best(run: Path) -> bool:
-    """Whether a run was to stop when it got no better. What cannot be read is named by who opens it."""
-    try:
-        patience = load_toml(run / "config.toml")[1].get("patience", 0)
-        return bool(patience) and (run / "checkpoints" / "best").is_file()
-    except UserError:
-        return False
-
-
-def _optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{i}.{names[p]}.{key}": tensor.contiguous()
-        for i, optimizer in enumerate(optimizers)
-        for p, tensors in optimizer.state.items()
-        for key, tensor in tensors.items()
-    }
+    return Checkpoint(path, fields, state, load_tokenizer(path / "tokenizer"), path / weights, hashes[weights])
 
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
@@ -349,7 +245,7 @@ Kind = tuple[str, tuple[int, ...]]  # a tensor's type and shape
 
 
 def header(path: Path) -> dict[str, Kind]:
-    """What tensors are in a safetensors file, by name; of their content nothing is read. Raises UserError where it is none."""
+    """Type and shape of each tensor in a safetensors file, by name, without reading the tensors. Raises UserError."""
     try:
         with safe_open(path, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -361,16 +257,13 @@ def header(path: Path) -> dict[str, Kind]:
 
 
 def compare(path: Path, wanted: Mapping[str, Tensor], who: str = "the model", cure: str = CURE) -> None:
-    """Raises UserError unless a safetensors file has tensors of just these names, types and shapes, which `who` has."""
+    """Raises UserError unless a safetensors file has exactly the names, types and shapes of `wanted`, which `who` has."""
     found = header(path)
     for name in (*wanted, *(found.keys() - wanted.keys())):
         right = (str(wanted[name].dtype).removeprefix("torch."), tuple(wanted[name].shape)) if name in wanted else None
         if found.get(name) != right:
-            raise UserError(f"{path}: {name} is {_shown(found.get(name))} where {who} has {_shown(right)}; {cure}")
-
-
-def _shown(kind: Kind | None) -> str:
-    return f"{kind[0]} {list(kind[1])}" if kind else "missing"
+            is_, has = (f"{kind[0]} {list(kind[1])}" if kind else "missing" for kind in (found.get(name), right))
+            raise UserError(f"{path}: {name} is {is_} where {who} has {has}; {cure}")
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

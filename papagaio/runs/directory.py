@@ -1,49 +1,42 @@
-"""A run's directory: one process at a time writes there, nothing is replaced unasked, and a run goes on from where it was.
+"""A run's directory: one process at a time writes to it, nothing is replaced unasked, and an interrupted run can go on.
 
 config.toml, metrics.jsonl, loss.png, checkpoints/      what a run writes
-.lock                                                   held by the process that trains; it is free when that has ended
+checkpoints/last, checkpoints/best                      small text files with the name of a checkpoint beside them
+.lock                                                   locked by the process that trains, until it ends
 """
 
+import dataclasses
+import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
-from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 from torch import nn
 
 from papagaio.errors import MachineError, UserError
-from papagaio.files import write_whole
-from papagaio.runs.checkpoint import Checkpoint, contents, discard, open_checkpoint, steps_saved
+from papagaio.files import SAVE_TENSORS, discard, read_text, refuse_pickle, write_whole
+from papagaio.options import load_toml
+from papagaio.runs.checkpoint import Checkpoint, contents, read_checkpoint
 from papagaio.tokenizer import Tokenizer
-from papagaio.training.metrics import read_metrics
 from papagaio.training.optimizers import moment_bytes
 from papagaio.training.options import RunOptions
+from papagaio.training.progress import Identity, Progress
 
-OURS = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged")
-# What a resumed run may change, besides where its files stand: none of it makes it a run of other data, or of another model.
-MAY_CHANGE = (
-    *("max_steps", "learning_rate", "min_learning_rate", "embedding_learning_rate", "head_learning_rate", "grad_clip"),
-    *("micro_batch_size", "auto_microbatch", "activation_checkpointing", "device", "dtype", "compile"),
-    *("log_interval", "eval_interval", "checkpoint_interval", "keep", "patience", "sample_tokens"),
-    *("on_nonfinite", "on_spike", "wandb", "wandb_project"),
-)
-# Paths, whose content is compared instead; and what has no part in training (what a dial chose is compared, not the dial).
-ELSEWHERE = ("out_dir", "data", "val_data", "init_from", "base", "replay_data", "test_data", "control_data")
-NO_PART = ("resume", "overwrite", "dry_run", "preview", "lora_merge", "depth", "budget")
+RUN_FILES = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged")
 
 
 @contextmanager
-def owned(config: RunOptions) -> Iterator[None]:
-    """Inside, config.out_dir is this process's own.
+def locked(config: RunOptions) -> Iterator[None]:
+    """Reserve config.out_dir for this process. Raises UserError, before anything is changed, if another process trains there, or
+    if it holds a run and neither --resume nor --overwrite is given."""
+    from filelock import FileLock, Timeout
 
-    Raises UserError where another one trains there, or where there is a run already and neither --resume nor --overwrite is
-    given; nothing has been changed then.
-    """
-    if any((config.out_dir / name).exists() for name in OURS) and not (config.overwrite or config.resume):
+    if any((config.out_dir / name).exists() for name in RUN_FILES) and not (config.overwrite or config.resume):
         raise UserError(f"{config.out_dir}: a run is there already; add --resume to continue it, or --overwrite to replace it")
     config.out_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -54,51 +47,104 @@ def owned(config: RunOptions) -> Iterator[None]:
 
 
 def open_run(
-    model: nn.Module,
-    model_fields: dict[str, Any],
-    optimizers: list[torch.optim.Optimizer],
-    tokenizer: Tokenizer,
-    config: RunOptions,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    """Make config.out_dir ready and return the state to start from: a new run's, or with --resume that of its newest checkpoint
-    that is not damaged, which is put into the model and the optimizers.
-
-    Raises UserError where that is of another model, other data or other options than now.
-    """
-    fixed = config.model_dump(mode="json", exclude={*MAY_CHANGE, *ELSEWHERE, *NO_PART})
-    state = {"step": 0, "tokens": 0} | facts | {"optimizer": config.optimizer, "options": fixed}
-    progress = {"metrics_lines": 0, "summed": 0, "loss_sum": 0.0, "loss_scale": None, "train_loss": None}
-    progress |= {"evaluated": None, "warned": False, "best_val_loss": None, "best_step": 0, "best_train_loss": None}
-    progress |= {"unimproved": 0, "recent_losses": [], "nonfinite": 0, "micro_batch_size": None}
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer, config: RunOptions, identity: Identity
+) -> Progress:
+    """Prepare config.out_dir and return the progress to start from. With --resume, the newest undamaged checkpoint is loaded into
+    the model and the optimizers; raises UserError if it belongs to another model, other data or other options."""
+    progress = Progress()
     checkpoint = newest(config) if config.resume else None
     if checkpoint is not None:
-        refuse_another(checkpoint, facts | fixed | model_fields | {"tokenizer": tokenizer.sha256})
-        if checkpoint.state["step"] > config.max_steps:
-            raise UserError(f"{checkpoint.path}: already beyond --max_steps={config.max_steps}")
+        progress = _saved_progress(checkpoint, model, tokenizer, config, identity)
         checkpoint.load_model(model)
         checkpoint.load_optimizers(model, optimizers)
-        if "metrics_lines" not in checkpoint.state:  # from before they were counted
-            lines = read_metrics(config.out_dir / "metrics.jsonl")
-            progress["metrics_lines"] = sum(line["step"] <= checkpoint.state["step"] for line in lines)
-        state, progress = checkpoint.state, {key: value for key, value in progress.items() if key not in checkpoint.state}
     else:
-        for path in (config.out_dir / name for name in OURS):
+        for path in (config.out_dir / name for name in RUN_FILES):
             discard(path) if path.is_dir() else path.unlink(missing_ok=True)
     for directory in (config.out_dir, config.out_dir / "checkpoints"):
-        for path in (*directory.glob(".*.tmp"), *directory.glob(".*.old")):  # of a crash
+        for path in (*directory.glob(".*.tmp"), *directory.glob(".*.old")):  # left by a crash
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    refuse_full_disk(model, optimizers, config, state["step"])
+    refuse_full_disk(model, optimizers, config, progress.step)
+    import tomli_w  # here, because generation does not need it
+
     options = config.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"}, exclude_none=True)
     write_whole(config.out_dir / "config.toml", tomli_w.dumps(options))
-    return state | progress
+    return progress
+
+
+def run_state(progress: Progress, identity: Identity, config: RunOptions) -> dict[str, Any]:
+    """The content of state.json: the progress, and what a resumed run must have in common with this one."""
+    options = config.model_dump(mode="json", include=set(config.by_resume("same")))
+    return dataclasses.asdict(progress) | dataclasses.asdict(identity) | {"optimizer": config.optimizer, "options": options}
+
+
+def _saved_progress(
+    checkpoint: Checkpoint, model: nn.Module, tokenizer: Tokenizer, config: RunOptions, identity: Identity
+) -> Progress:
+    """The progress in a checkpoint of this run. Raises UserError, which names all differences, if it is another run's."""
+    state, wanted = checkpoint.state, run_state(Progress(), identity, config)
+    try:
+        if state.keys() != wanted.keys() or not isinstance(state["options"], dict):
+            raise ValueError
+        fields = {field.name: state[field.name] for field in dataclasses.fields(Progress)}
+        progress = TypeAdapter(Progress).validate_python(fields)
+    except ValueError:  # or pydantic's, which is one
+        path = checkpoint.path / "state.json"
+        raise UserError(
+            f"{path}: made by another version of papagaio, which alone can resume it; --overwrite begins anew"
+        ) from None
+    found = state | state["options"] | checkpoint.model_fields | {"tokenizer": checkpoint.tokenizer.sha256}
+    mine = dataclasses.asdict(identity) | wanted["options"] | dataclasses.asdict(model.config) | {"tokenizer": tokenizer.sha256}
+    differing = [key for key, value in mine.items() if key in found and found[key] != value]
+    if differing:
+        changes = "; ".join(f"{key} was {_short(found[key])}, now it is {_short(mine[key])}" for key in differing)
+        free = ", ".join(config.by_resume("free"))
+        raise UserError(f"{checkpoint.path}: {changes}; resume as it was. What may change: {free}")
+    if progress.step > config.max_steps:
+        raise UserError(f"{checkpoint.path}: already beyond --max_steps={config.max_steps}")
+    return progress
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it; of a sha256 only the beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def refuse_full_disk(model: nn.Module, optimizers: list[torch.optim.Optimizer], config: RunOptions, step: int) -> None:
+    """Raises MachineError if the disk has no room for the checkpoints that the run will keep at the same time."""
+    weights = contents(model, [], {}).tensors
+    each = sum(tensor.nbytes for named in weights.values() for tensor in named.values()) + moment_bytes(optimizers)
+    saves = 1 + (config.max_steps - step) // min(config.eval_interval, config.checkpoint_interval or config.eval_interval)
+    present = len(steps_saved(config.out_dir / "checkpoints"))
+    count = max(0, min(saves, config.keep + 1) - present) + 1  # the newest ones, the best, and one that is being written
+    free = shutil.disk_usage(config.out_dir).free
+    if count * each > free:
+        raise MachineError(
+            f"{config.out_dir}: {count} more checkpoints of {each / 2**20:,.0f} MiB are to be there at once, and the disk has "
+            f"{free / 2**20:,.0f} MiB free: make room, or lower --keep"
+        )
+
+
+def steps_saved(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints in a directory, in order."""
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def prune(checkpoints: Path, step: int, keep: int) -> None:
+    """Delete the checkpoints up to `step`, except for the `keep` newest and those that last and best name. Those beyond it are
+    damaged ones that a resumed run has passed over; each stays until its step is saved again."""
+    for left in checkpoints.glob(".*.old"):  # by an interrupted deletion
+        shutil.rmtree(left)
+    files = (checkpoints / name for name in ("last", "best"))
+    named = {path.read_text(encoding="utf-8").strip() for path in files if path.exists()}
+    for old in [n for n in steps_saved(checkpoints) if n <= step][:-keep]:
+        if f"step-{old}" not in named:
+            discard(checkpoints / f"step-{old}")
 
 
 def newest(config: RunOptions) -> Checkpoint | None:
-    """The newest checkpoint of a run that verifies; those that do not are named and passed over. None where none was saved.
-
-    Raises UserError where there are some, and none verifies.
-    """
+    """The newest undamaged checkpoint of a run, or None if none was saved; damaged ones are reported and passed over. Raises
+    UserError if all are damaged."""
     checkpoints = config.out_dir / "checkpoints"
     steps = steps_saved(checkpoints)
     for step in reversed(steps):
@@ -111,36 +157,53 @@ def newest(config: RunOptions) -> Checkpoint | None:
     return None
 
 
-def refuse_another(checkpoint: Checkpoint, wanted: dict[str, Any]) -> None:
-    """Raises UserError, naming all that differs, where a checkpoint is of another run than the one that is wanted."""
-    state = checkpoint.state
-    found = state | state.get("options", {}) | checkpoint.model_fields | {"tokenizer": checkpoint.tokenizer.sha256}
-    differing = [key for key, value in wanted.items() if key in found and found[key] != value]
-    if differing:
-        changes = "; ".join(f"{key} was {_short(found[key])}, now it is {_short(wanted[key])}" for key in differing)
-        raise UserError(f"{checkpoint.path}: {changes}; resume as it was. What may change: {', '.join(MAY_CHANGE)}")
+def open_checkpoint(path: Path, base: Path | None = None, above: tuple[Path, ...] = ()) -> Checkpoint:
+    """Open and verify a checkpoint directory, a `last` or `best` file, or a run: its best checkpoint if it was trained with
+    patience, otherwise its last. `base` is the checkpoint to which adapters belong, by default that in their run's config.toml;
+    `above` are the adapters whose base is being opened. Raises UserError."""
+    checkpoint = read_checkpoint(resolve(path))
+    if checkpoint.has_adapters:
+        checkpoint = dataclasses.replace(checkpoint, base=_open_base(checkpoint, base, (*above, checkpoint.path.resolve())))
+    checkpoint.check_sizes()
+    return checkpoint
 
 
-def _short(value: Any) -> str:
-    """A value as Python writes it; of a sha256 the beginning."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
+def _open_base(checkpoint: Checkpoint, base: Path | None, above: tuple[Path, ...]) -> Checkpoint:
+    """The checkpoint to which adapters belong. Raises UserError if it is not found, or is another one."""
+    path, config = checkpoint.path, checkpoint.path.parent.parent / "config.toml"
+    if base is None:
+        with suppress(UserError, KeyError, TypeError):  # without a readable config.toml, --base is needed
+            base = Path(load_toml(config)[1]["init_from"])
+    if base is None or not base.exists():
+        tried = f"; it is not at {base} any more" if base is not None else ""
+        raise UserError(f"{path}: adapters alone; name the checkpoint that they were made for with --base{tried}")
+    found = resolve(base)
+    if found.resolve() in above:
+        raise UserError(f"{path}: adapters for themselves, by way of {found}; name the checkpoint they were made for with --base")
+    opened = open_checkpoint(found, None, above)
+    if opened.weights_sha256 != checkpoint.state.get("base_sha256"):
+        raise UserError(f"{path}: adapters for another base than {found}; name the one they were made for with --base")
+    return opened
 
 
-def refuse_full_disk(model: nn.Module, optimizers: list[torch.optim.Optimizer], config: RunOptions, step: int) -> None:
-    """Raises MachineError where the checkpoints that a run will keep at once do not fit on what is left of the disk."""
-    each = checkpoint_bytes(model, optimizers)
-    saves = 1 + (config.max_steps - step) // min(config.eval_interval, config.checkpoint_interval or config.eval_interval)
-    there = len(steps_saved(config.out_dir / "checkpoints"))
-    count = max(0, min(saves, config.keep + 1) - there) + 1  # the newest ones, the best, and one that is being written
-    free = shutil.disk_usage(config.out_dir).free
-    if count * each > free:
-        raise MachineError(
-            f"{config.out_dir}: {count} more checkpoints of {each / 2**20:,.0f} MiB are to be there at once, and the disk has "
-            f"{free / 2**20:,.0f} MiB free: make room, or lower --keep"
-        )
-
-
-def checkpoint_bytes(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """About how large a checkpoint is: what is trained, or all weights, and the optimizers' moments."""
-    weights = contents(model, {}, [], {}).tensors
-    return sum(tensor.nbytes for named in weights.values() for tensor in named.values()) + moment_bytes(optimizers)
+def resolve(path: Path) -> Path:
+    """The checkpoint directory for a path: the path itself, or what a run or a `last` or `best` file refers to."""
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint")
+    if (path / "manifest.json").exists() and any(path.glob("val-*.npy")):
+        raise UserError(f"{path}: a dataset, not a checkpoint; name a run or a checkpoint directory")
+    if (path / "checkpoints").is_dir():
+        patience = False
+        with suppress(UserError):  # a damaged config.toml is reported by those who need it
+            patience = load_toml(path / "config.toml")[1].get("patience")
+        best = path / "checkpoints" / "best"
+        path = best if patience and best.is_file() else best.with_name("last")
+    if path.is_file() and path.name in ("last", "best"):
+        name = read_text(path, "it must hold the name of a checkpoint beside it").strip()
+        if Path(name).name != name or "\0" in name:
+            raise UserError(f"{path}: holds {name[:50]!r}, where the name of a checkpoint beside it is needed")
+        path = path.parent / name
+    if not (path / "manifest.json").exists():
+        refuse_pickle(path, SAVE_TENSORS)
+        raise UserError(f"{path}: not a checkpoint (no manifest.json); name a run, or a directory run/checkpoints/step-N")
+    return path

@@ -1,11 +1,10 @@
-"""Saving while training goes on: a copy of the weights is taken, and a thread writes it to the disk.
+"""Saving during training: the weights are copied, and a thread writes the copy to the disk.
 
-What the disk does not take is said, and training goes on: the checkpoints before are kept, and the next save tries again.
+If the disk fails, a warning is printed and training goes on: earlier checkpoints are kept, and the next save tries again.
 """
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from papagaio import runtime
 from papagaio.errors import MachineError
 from papagaio.files import write_whole
-from papagaio.runs.checkpoint import Contents, contents, prune, write_checkpoint
+from papagaio.runs.checkpoint import Contents, contents, write_checkpoint
+from papagaio.runs.directory import prune
 from papagaio.tokenizer import Tokenizer
 from papagaio.training.metrics import RunLog
 from papagaio.training.options import RunOptions
@@ -23,11 +23,8 @@ from papagaio.training.plots import plot_losses
 
 
 class Saver:
-    """Writes checkpoints/step-N, `last`, `best` and loss.png of a run, one after the other, in the order of the calls.
-
-    The copy stands in memory that is kept from one save to the next; where there is too little for it, saving holds up
-    training. `saved` is the step of the newest checkpoint on the disk. Leaving the `with` block waits for what is being written.
-    """
+    """Writes checkpoints/step-N, `last`, `best` and loss.png of a run in a thread, in the order of the calls. `saved` is the step
+    of the newest checkpoint on the disk. Leaving the `with` block waits for what is being written."""
 
     def __init__(self, config: RunOptions, tokenizer: Tokenizer, log: RunLog, saved: int | None) -> None:
         self.directory, self.keep, self.tokenizer, self.log = config.out_dir / "checkpoints", config.keep, tokenizer, log
@@ -37,14 +34,12 @@ class Saver:
         self.tasks: list[Future[Any]] = []
         self.copy: dict[str, dict[str, Tensor]] = {}
 
-    def save(
-        self, model: nn.Module, model_fields: dict[str, Any], optimizers: list[torch.optim.Optimizer], state: dict[str, Any]
-    ) -> None:
-        """Save the state after state["step"] steps, unless that is done already. The save before is waited for."""
+    def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+        """Save the state after state["step"] steps, unless it is saved already. Waits for the save before."""
         self.wait()
         if state["step"] == self.saved:
             return
-        found = contents(model, model_fields, optimizers, state)
+        found = contents(model, optimizers, state)
         copied = self._copied(found.tensors)
         self.asked = state["step"]
         self._later(self._save, self.asked, found._replace(tensors=copied))
@@ -60,13 +55,13 @@ class Saver:
         self._later(self._attempt, f"{self.picture.name} was not drawn", plot_losses, self.log.path, self.picture)
 
     def wait(self) -> None:
-        """Until all that was asked for is done, or has failed."""
+        """Wait until all tasks so far are done, or have failed."""
         for task in self.tasks:
             task.result()
         self.tasks.clear()
 
     def finish(self) -> None:
-        """Wait for all. Raises MachineError where the state that was to be saved last is not on the disk."""
+        """Wait for all tasks. Raises MachineError if the last state to be saved is not on the disk."""
         self.wait()
         if self.saved != self.asked:
             kept = f"{self.directory}/step-{self.saved} is kept" if self.saved is not None else "there is no checkpoint"
@@ -77,7 +72,7 @@ class Saver:
 
     def _save(self, step: int, found: Contents) -> None:
         if self._attempt(f"step-{step} was not saved", self._write, step, found):
-            self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
+            self._prune(step)
 
     def _write(self, step: int, found: Contents) -> None:
         self.log.sync()
@@ -86,13 +81,15 @@ class Saver:
         self.saved = step
 
     def _mark_best(self, step: int) -> None:
-        if self.saved == step and self._attempt(
-            "checkpoints/best was not changed", write_whole, self.directory / "best", f"step-{step}\n"
-        ):
-            self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
+        best = self.directory / "best"
+        if self.saved == step and self._attempt("checkpoints/best was not changed", write_whole, best, f"step-{step}\n"):
+            self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
 
     def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> bool:
-        """Whether the disk took it; if not, that is said."""
+        """Call `work`, print a warning if the disk fails, and return whether it succeeded."""
         try:
             work(*arguments)
         except (OSError, SafetensorError) as error:
@@ -102,27 +99,30 @@ class Saver:
         return True
 
     def _copied(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The tensors in memory of our own; the same ones, where that is too small for them."""
-        given = {(file, name): tensor for file, named in tensors.items() for name, tensor in named.items()}
-        shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in given.items()}
-        if {(f, n): (t.shape, t.dtype) for f, named in self.copy.items() for n, t in named.items()} != shapes:
+        """A copy of the tensors, in memory that the next save uses again, page-locked for a GPU; the tensors themselves if there
+        is too little memory, and then saving blocks training."""
+        every = [tensor for named in tensors.values() for tensor in named.values()]
+        if _shapes(self.copy) != _shapes(tensors):
             free = runtime.free_memory(torch.device("cpu"))
-            if free is not None and free < 2 * sum(tensor.nbytes for tensor in given.values()):
+            if free is not None and free < 2 * sum(tensor.nbytes for tensor in every):
                 return tensors
-            self.copy = {file: {name: _place_for(t) for name, t in named.items()} for file, named in tensors.items()}
-        for (file, name), tensor in given.items():
-            self.copy[file][name].copy_(tensor.detach(), non_blocking=True)
-        for device in {tensor.device for tensor in given.values()}:
+            self.copy = {
+                file: {name: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for name, t in named.items()}
+                for file, named in tensors.items()
+            }
+        for file, named in tensors.items():
+            for name, tensor in named.items():
+                self.copy[file][name].copy_(tensor.detach(), non_blocking=True)
+        for device in {tensor.device for tensor in every}:
             runtime.synchronize(device)
         return self.copy
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.pool.shutdown()
 
 
-def _place_for(tensor: Tensor) -> Tensor:
-    """Memory for a copy: for a GPU's tensor pinned, which it fills fastest."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+def _shapes(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    return {file: {name: (t.shape, t.dtype) for name, t in named.items()} for file, named in tensors.items()}

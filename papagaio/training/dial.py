@@ -1,70 +1,103 @@
-"""One dial instead of ten options: from --depth or --budget, the corpus and the machine to everything else.
+"""One dial instead of ten options: --depth or --budget, the corpus and the machine decide on everything else.
 
-    --depth 6      6 blocks of 384 channels, 6 heads of 64; as many tokens as pay for that size
+    --depth 6      6 blocks of 384 channels, 6 heads of 64; as many tokens as that size is worth
     --budget 10m   the deepest model that this machine can train well in ten minutes
 
-Whatever the user sets stays as it was set. What is chosen comes with the reason, a line each.
+What the user sets stays. Each choice comes with the reason, one line each.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from papagaio.errors import UserError
+from papagaio.options import load_toml
+from papagaio.training.options import RunOptions
 
-HEAD_SIZE = 64  # channels of a head; the width grows with the depth by one head a block, as in nanochat
+HEAD_SIZE = 64  # channels of a head; the width grows with the depth by one head per block, as in nanochat
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-# Tokens for each weight that multiplies (nanochat's experiment log, 2026-01: 10 to 12 is where compute is spent best).
+# Tokens per matrix weight (nanochat's experiment log, 2026-01: 10 to 12 is the best use of compute).
 TOKENS_PER_WEIGHT = 12
-# With minutes instead of hours a larger model that sees fewer tokens is the better one (LOG.md, 2026-11-23).
+# In minutes instead of hours a larger model that sees fewer tokens is the better one (LOG.md, 2026-11-23).
 LEAST_TOKENS_PER_WEIGHT = 1.5
-MAX_EPOCHS = 16  # a text that was read so often has little more to give (Muennighoff et al. 2023, arXiv:2305.16264)
-BUDGET_MARGIN = 0.8  # of a budget for training steps; the rest for evaluations, checkpoints and a slower moment
+MAX_EPOCHS = 16  # a text that was read more often has little more to give (Muennighoff et al. 2023, arXiv:2305.16264)
+BUDGET_MARGIN = 0.8  # fraction of a budget for training steps; the rest is for evaluations, checkpoints and slower moments
 
 
 class Choice(NamedTuple):
-    """Options by name, and why, a line each."""
+    """Options by name, and the reasons, one line each."""
 
     values: dict[str, Any]
     reasons: list[str]
 
 
 def shape(depth: int, block_size: int) -> dict[str, int]:
-    """Width, heads and context of a model so deep."""
+    """Width, heads and context of a model of this depth."""
     return {"n_layer": depth, "n_head": depth, "n_embd": HEAD_SIZE * depth, "block_size": block_size}
 
 
 def matrix_weights(depth: int, vocab_size: int) -> int:
-    """Weights of a model so deep that multiply every token: 12 C^2 a block, and the head."""
+    """Weights of a model of this depth that multiply every token: 12 C^2 per block, and the head."""
     channels = HEAD_SIZE * depth
     return 12 * depth * channels**2 + vocab_size * channels
 
 
 def batch_tokens(tokens: float) -> int:
-    """Tokens of a step for a run of so many: a power of two from 1,024 to 524,288.
+    """Tokens of a step for a run of this many tokens: a power of two from 1,024 to 524,288.
 
-    The line goes through what measured best in two places: 4,096 for 550 thousand tokens (LOG.md), and 524,288 for some 2.6
-    billion (nanochat at depth 12 and beyond).
+    The curve goes through the two values that were measured to be best: 4,096 for 550 thousand tokens (LOG.md), and 524,288 for
+    2.6 billion (nanochat at depth 12 and beyond).
     """
     return 2 ** round(math.log2(min(max(4096 * (tokens / 550e3) ** 0.57, 1024), 524288)))
 
 
+# What a dial chooses, and a resumed run keeps.
+CHOSEN = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "batch_size",
+    "micro_batch_size",
+    "max_steps",
+    "eval_interval",
+    "eval_tokens",
+)
+Measure = Callable[[dict[str, Any]], float]  # options by name -> tokens per second in training
+
+
+def complete(config: RunOptions, corpus: int, vocab_size: int, on_gpu: bool, tokens_per_second: Measure) -> Any:
+    """The options of train.py, completed by what --depth or --budget chooses; the choices are printed with the reasons.
+
+    A resumed run keeps the choices of its beginning. Raises UserError if they do not fit what the user has set.
+    """
+    given = config.model_dump(include=config.model_fields_set)
+    saved = config.out_dir / "config.toml"
+    if config.resume and saved.exists():
+        _, chosen = load_toml(saved)
+        return config.with_defaults({key: chosen[key] for key in CHOSEN if key in chosen})
+    if config.depth:
+        choice = by_depth(config.depth, corpus, vocab_size, on_gpu, given)
+    else:
+        seconds = float(config.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[config.budget[-1]]
+        choice = by_budget(seconds, corpus, vocab_size, on_gpu, given, tokens_per_second)
+    for line in choice.reasons:
+        print(f"chosen: {line}", file=sys.stderr)
+    return config.with_defaults(choice.values)
+
+
 def by_depth(depth: int, corpus: int, vocab_size: int, on_gpu: bool, given: dict[str, Any]) -> Choice:
-    """Everything else for a model so deep. `corpus`: tokens of the training split; `given`: what the user has set."""
+    """All other options for this depth. `corpus`: tokens of the training split; `given`: what the user has set."""
     return _choose(depth, TOKENS_PER_WEIGHT * matrix_weights(depth, vocab_size), corpus, on_gpu, given, [])
 
 
 def by_budget(
-    seconds: float,
-    corpus: int,
-    vocab_size: int,
-    on_gpu: bool,
-    given: dict[str, Any],
-    tokens_per_second: Callable[[dict[str, Any]], float],
+    seconds: float, corpus: int, vocab_size: int, on_gpu: bool, given: dict[str, Any], tokens_per_second: Measure
 ) -> Choice:
-    """The deepest model that sees enough tokens within so many seconds; `tokens_per_second` measures what it is handed.
+    """The deepest model that sees enough tokens in this time; `tokens_per_second` measures the speed for given options.
 
-    Raises UserError for a budget in which not even the smallest model can be trained.
+    Raises UserError if the time is too short even for the smallest model.
     """
     best: tuple[int, float, float] | None = None
     for depth in [given["n_layer"]] if "n_layer" in given else DEPTHS:
@@ -98,21 +131,21 @@ def _choose(depth: int, tokens: float, corpus: int, on_gpu: bool, given: dict[st
     tokens = min(tokens, MAX_EPOCHS * corpus)
     batch_size = given.get("batch_size", max(1, batch_tokens(tokens) // block_size))
     max_steps = given.get("max_steps", int(tokens // (batch_size * block_size)))
-    # A power of two that divides the batch: larger forward passes take memory and no longer gain speed.
+    # A power of two that divides the batch: larger micro-batches take memory and are no faster.
     micro_batch_size = math.gcd(batch_size, 2 ** int(math.log2(max(1, (32768 if on_gpu else 8192) / block_size))))
     tokens = max_steps * batch_size * block_size
-    # Nine evaluations, a token of which takes a third of the time of one trained on: some 6 % of the run.
+    # Nine evaluations; a token takes a third of the time of a trained one: about 6 % of the run.
     evaluations = {"eval_interval": max(1, math.ceil(max_steps / 8)), "eval_tokens": max(16384, tokens // 50)}
     values = model | evaluations | {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_steps": max_steps}
-    most = "all that pays" if limited else "what this size or time asks for"
+    most = "all that is useful" if limited else "what this size or time calls for"
     lines = [
-        f"n_layer {depth}, n_embd {model['n_embd']}, n_head {depth}: {HEAD_SIZE} channels a block, heads of {HEAD_SIZE}",
+        f"n_layer {depth}, n_embd {model['n_embd']}, n_head {depth}: {HEAD_SIZE} channels per block, heads of {HEAD_SIZE}",
         *reasons,
-        f"eval_tokens {values['eval_tokens']:,}: at most so many of the validation split, so that evaluating takes little time",
+        f"eval_tokens {values['eval_tokens']:,}: validation tokens at most, so that evaluations take little time",
         f"block_size {block_size}: usual on a {'GPU' if on_gpu else 'CPU'}, halved for a very small corpus",
-        f"batch_size {batch_size}: {batch_size * block_size:,} tokens a step measured best for a run of {tokens:,}",
-        f"max_steps {max_steps:,}: {tokens:,} tokens, {tokens / corpus:.1f} epochs of the {corpus:,} there are, {most}"
+        f"batch_size {batch_size}: {batch_size * block_size:,} tokens per step measured best for a run of {tokens:,}",
+        f"max_steps {max_steps:,}: {tokens:,} tokens, {tokens / corpus:.1f} epochs of the corpus of {corpus:,}, {most}"
         + (f" (at most {MAX_EPOCHS} epochs)" if limited else ""),
-        "learning rates: the defaults, which hold for every width and depth (those of tables and head fall with the width)",
+        "learning rates: the defaults, which fit every width and depth (those of tables and head fall with the width)",
     ]
     return Choice({key: value for key, value in values.items() if key not in given}, lines)

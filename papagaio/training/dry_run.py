@@ -1,32 +1,69 @@
-"""What a run would cost, before it is begun: memory by parts, computed without using any; FLOPs, epochs, time."""
+"""The cost of a run before it starts: memory by parts, computed without allocating any; FLOPs, epochs and time."""
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from papagaio import runtime
-from papagaio.batches.windows import Batch, Loader
+from papagaio import kernels, runtime
+from papagaio.batches.windows import Loader, Objective
 from papagaio.errors import UserError
 from papagaio.training.optimizers import make_optimizers, moment_bytes
 from papagaio.training.options import RunOptions
+from papagaio.training.progress import Progress
+from papagaio.training.step import TrainingStep, prepare_model
+
+MakeModel = Callable[..., nn.Module]  # a GPT with these fields of its configuration changed: make_model(n_layer=1)
+LARGEST_MEASURED = 30e6  # parameters of a model that is measured as a whole
+MEASURED_TOKENS, MEASURED_FLOPS = 8192, 1.5e11  # of one measured micro-batch, at most: about a second
 
 
-def largest_micro_batch(batches: list[Batch], size: int) -> Batch:
-    """Of a step's forward passes, the one with the most tokens: it decides the peak of memory."""
-    return max((micro for batch in batches for micro in batch.split(size)), key=lambda micro: micro.ids.numel())
+def dry_run(
+    make_model: MakeModel, loader: Loader, objective: Objective, config: RunOptions, device: torch.device, evaluation_tokens: int
+) -> None:
+    """Print what a run would cost. `evaluation_tokens` is the length of one evaluation.
 
-
-def memory_parts(make_model: Callable[[], nn.Module], config: RunOptions, micro: Batch, device: torch.device) -> dict[str, int]:
-    """Bytes of a step by what they are for. Nothing is allocated or computed: shapes alone go through the model.
-
-    activations: what the forward pass keeps for the gradient; logits: the largest piece of them, several times over.
+    Raises UserError if the run does not fit into the memory that the device has left.
     """
-    dtype = runtime.pick_dtype(config.dtype, device)
+    batches = loader(0)
+    parts = memory_parts(make_model, objective, config, _largest_micro_batch(batches, config), device)
+    need, free = sum(parts.values()), runtime.free_memory(device)
+    listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    with torch.device("meta"):
+        model = make_model()
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    print(f"memory: about {need / 2**20:,.0f} MiB at its peak: {listed}" + (f"; {free / 2**20:,.0f} free" if free else ""))
+    if free is not None and need > free:
+        raise UserError(
+            f"this run needs about {need / 2**20:,.0f} MiB and {device} has {free / 2**20:,.0f} MiB free: lower micro_batch_size "
+            "or block_size, add --activation_checkpointing, or choose a smaller model"
+        )
+    tokens = _count_tokens(batches)
+    total, flops = config.max_steps * tokens, model.flops_per_token()
+    print(f"FLOPs: {flops:.3g} per token, {flops * total:.3g} in all")
+    print(f"epochs: {loader.epochs(config.max_steps):.2f}, {total:,} tokens in all")
+    sys.stdout.flush()
+    seconds = seconds_per_step(make_model, loader, objective, config, device)
+    evaluations = 1 + math.ceil(config.max_steps / config.eval_interval)
+    evaluating = evaluations * evaluation_tokens * seconds / tokens / 3  # a forward pass is a third of a training step
+    print(
+        f"time: about {(seconds * config.max_steps + evaluating) / 60:,.1f} minutes, {evaluating / 60:,.1f} of them for "
+        f"{evaluations} evaluations of {evaluation_tokens:,} tokens; {tokens / seconds:,.0f} tokens/s on {device}"
+    )
+
+
+def memory_parts(
+    make_model: MakeModel, objective: Objective, config: RunOptions, micro: Any, device: torch.device
+) -> dict[str, int]:
+    """Bytes at the peak of a step by use. Nothing is allocated or computed: only shapes go through the model.
+
+    activations: what the forward pass keeps for the gradient; logits: the largest piece of them, several times.
+    """
     kept: dict[Any, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -34,69 +71,71 @@ def memory_parts(make_model: Callable[[], nn.Module], config: RunOptions, micro:
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, device:
-        model = make_model()
-        model.recompute = config.activation_checkpointing
+        model = kernels.accelerate(make_model())
+        if config.activation_checkpointing:
+            kernels.checkpoint_activations(model)
         weights = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in model.parameters()}
-        inputs = [None if tensor is None else fake.from_tensor(tensor).to(device) for tensor in micro]
+        inputs = type(micro)(*(None if tensor is None else fake.from_tensor(tensor).to(device) for tensor in micro))
+        dtype = runtime.pick_dtype(config.dtype, device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
-            model(*inputs)
+            objective(model, inputs)
         moments = moment_bytes(make_optimizers(model, config))
-    chunk = min(2**19, micro.ids.numel() * model.config.vocab_size)
     return {
         "weights": sum(weights.values()),
         "gradients": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
         "optimizer": moments,
         "activations": sum(size for key, size in kept.items() if key not in weights),
-        "logits": 3 * 4 * chunk,
+        "logits": 3 * 4 * min(kernels.CHUNK, micro.ids.numel() * model.config.vocab_size),
     }
 
 
-def dry_run(make_model: Callable[[], nn.Module], loader: Loader, config: RunOptions, device: torch.device) -> None:
-    """Print what a run would cost: memory first, then the time of three steps that are thrown away.
+def seconds_per_step(
+    make_model: MakeModel, loader: Loader, objective: Objective, config: RunOptions, device: torch.device
+) -> float:
+    """The measured time of an optimizer step, not compiled.
 
-    Raises UserError where the run does not fit into what memory the device has left.
+    A large step is measured on a part and extrapolated: one micro-batch of some thousand tokens, and for a large model one
+    layer of at most 1,024 channels with a small vocabulary. The gradient's time grows with the FLOPs, the optimizer's with the
+    parameters.
     """
-    batches = loader(0)
-    size = config.micro_batch_size or config.batch_size
-    parts = memory_parts(make_model, config, largest_micro_batch(batches, size), device)
-    need, free = sum(parts.values()), runtime.free_memory(device)
-    listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    config = config.model_copy(update={"compile": False})
     with torch.device("meta"):
-        model = make_model()
-    print(f"parameters: {model.num_parameters():,}")
-    print(f"memory: about {need / 2**20:,.0f} MiB at its peak: {listed}" + (f"; {free / 2**20:,.0f} free" if free else ""))
-    if free is not None and need > free:
-        raise UserError(
-            f"this run needs about {need / 2**20:,.0f} MiB and {device} has {free / 2**20:,.0f} MiB free: lower micro_batch_size "
-            "or block_size, add --activation_checkpointing, or choose a smaller model"
-        )
-    tokens = sum(batch.ids.numel() for batch in batches)
-    total = config.max_steps * tokens
-    print(f"FLOPs: {model.flops_per_token():.3g} a token, {model.flops_per_token() * total:.3g} in all")
-    print(f"epochs: {loader.epochs(config.max_steps):.2f}, {total:,} tokens in all")
-    sys.stdout.flush()
-    seconds = seconds_per_step(make_model().to(device), loader, config)
-    print(f"time: about {seconds * config.max_steps / 60:,.1f} minutes, {tokens / seconds:,.0f} tokens/s on {device}")
+        whole = make_model()
+    whole_size, part = sum(p.numel() for p in whole.parameters()), {}
+    if whole_size > LARGEST_MEASURED:
+        c = whole.config
+        n_head = min(c.n_head, max(1, 1024 // c.head_size))
+        part = {"n_layer": 1, "vocab_size": min(c.vocab_size, 2048), "n_head": n_head, "n_embd": n_head * c.head_size}
+        part["n_kv_head"] = math.gcd(c.kv_heads, n_head)
+    model = make_model(**part).to(device)
+    prepare_model(model, config)
+    step = TrainingStep(model, make_optimizers(model, config), objective, config, Progress())
 
-
-def seconds_per_step(model: nn.Module, loader: Loader, config: RunOptions, steps: int = 3) -> float:
-    """The time of the fastest of some steps; the model is changed by them."""
-    device = next(model.parameters()).device
-    dtype = runtime.pick_dtype(config.dtype, device)
-    runtime.keep_memory()
-    optimizers = make_optimizers(model, config)
-    model.recompute = config.activation_checkpointing
-    seconds = []
-    for step in range(steps):
+    def timed(batches: Sequence[Any]) -> float:
         start = time.perf_counter()
-        for batch in loader(step):
-            for micro in batch.split(config.micro_batch_size or config.batch_size):
-                with runtime.autocast(device, dtype):
-                    loss = model(*micro.to(device))
-                loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+        step(list(batches))
         runtime.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        return time.perf_counter() - start
+
+    batches = loader(0)
+    micro = _largest_micro_batch(batches, config)
+    tokens = min(MEASURED_TOKENS, MEASURED_FLOPS / model.flops_per_token())
+    piece = next(micro.split(max(1, int(tokens * len(micro.ids) / micro.ids.numel()))))
+    if not part and piece.ids.numel() == _count_tokens(batches):
+        return min(timed(loader(number)) for number in range(3))
+    vocab_size = model.config.vocab_size
+    piece = piece._replace(ids=piece.ids % vocab_size, targets=piece.targets.where(piece.targets < 0, piece.targets % vocab_size))
+    once, twice = (min(timed([piece] * count) for _ in range(3)) for count in (1, 2))
+    gradient = max(twice - once, once / 10)
+    flops = whole.flops_per_token() * _count_tokens(batches) / (model.flops_per_token() * piece.ids.numel())
+    return flops * gradient + max(once - gradient, 0) * whole_size / sum(p.numel() for p in model.parameters())
+
+
+def _largest_micro_batch(batches: Sequence[Any], config: RunOptions) -> Any:
+    """The micro-batch with the most tokens: it decides the peak of memory."""
+    size = config.micro_batch_size or config.batch_size
+    return max((micro for batch in batches for micro in batch.split(size)), key=lambda micro: micro.ids.numel())
+
+
+def _count_tokens(batches: Sequence[Any]) -> int:
+    return sum(batch.ids.numel() for batch in batches)

@@ -1,60 +1,58 @@
-"""What stands between a step's loss and gradient and the weights: numbers that are not finite, and losses that leap."""
+"""What protects the weights from a bad step: losses and gradients that are not finite, and losses that leap."""
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from papagaio.errors import MachineError
 from papagaio.training.options import RunOptions
+from papagaio.training.progress import Progress
 
 WINDOW = 128  # steps whose losses tell what is usual
-SIGMAS = 6.0  # standard deviations above their mean that are not
+SIGMAS = 6.0  # a loss this many standard deviations above their mean is reported
 
 
 def accepts(
     loss: float,
     norm: float,
     scale: float,
-    state: dict[str, Any],
+    progress: Progress,
     config: RunOptions,
     places: Callable[[], Sequence[str]],
     say: Callable[[str], None],
 ) -> bool:
     """Whether a step may change the weights. `norm` is the gradient's, `scale` that of float16's losses (1: not scaled).
 
-    Keeps in the state the losses of the last steps, and how many in a row were not finite. `places()` tells where the step's
-    sequences come from. Raises MachineError where a loss or gradient is not finite and config.on_nonfinite allows no more.
+    `places()` gives the origin of the step's sequences. Raises MachineError if the loss or the gradient is not finite and
+    config.on_nonfinite allows no more such steps in a row.
     """
-    step = state["step"] + 1
+    step = progress.step + 1
     if math.isfinite(loss) and not math.isfinite(norm) and scale > 1:
-        return False  # the scale was too large: it is halved, and this step left out
+        return False  # float16's scale was too large: the scaler halves it, and the step is skipped
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        state["nonfinite"] += 1
+        progress.nonfinite += 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
         message = f"{what} at step {step:,}, whose sequences are {_listed(places())}"
-        if state["nonfinite"] > int(config.on_nonfinite.removeprefix("skip:").replace("stop", "0")):
+        if progress.nonfinite > int(config.on_nonfinite.removeprefix("skip:").replace("stop", "0")):
             raise MachineError(
                 f"{message}. The weights were not changed, and the checkpoints are kept: --resume goes on from the newest, with "
                 "a lower learning_rate, or with --on_nonfinite skip:1 without this step"
             )
-        say(f"warning: {message}. It is left out")
+        say(f"warning: {message}. It is skipped")
         return False
-    state["nonfinite"] = 0
-    sigmas = deviation(loss, state["recent_losses"])
-    state["recent_losses"] = [*state["recent_losses"], loss][-WINDOW:]
-    if sigmas <= SIGMAS:
-        return True
-    skipped = config.on_spike == "skip"
-    say(
-        f"warning: the loss leaps to {loss:.4f} at step {step:,}, {sigmas:.1f} sigma above the mean of the last {WINDOW} steps"
-        f"{', and the step is left out' if skipped else ''}; its sequences are {_listed(places())}"
-    )
-    return not skipped
+    progress.nonfinite = 0
+    sigmas = deviation(loss, progress.recent_losses)
+    progress.recent_losses = [*progress.recent_losses, loss][-WINDOW:]
+    if sigmas > SIGMAS:
+        say(
+            f"warning: the loss leaps to {loss:.4f} at step {step:,}, {sigmas:.1f} sigma above the mean of the last {WINDOW} "
+            f"steps; its sequences are {_listed(places())}"
+        )
+    return True
 
 
 def deviation(loss: float, recent: Sequence[float]) -> float:
-    """By how many standard deviations a loss is above the mean of the recent ones; 0 as long as these are fewer than 128."""
+    """How many standard deviations a loss is above the mean of the recent ones; 0 while there are fewer than WINDOW of them."""
     if len(recent) < WINDOW:
         return 0.0
     mean, sigma = statistics.fmean(recent), statistics.pstdev(recent)

@@ -1,9 +1,9 @@
-"""LoRA: fine-tuning that leaves the weights W as they are and learns a small B A beside them (arXiv:2106.09685).
+"""LoRA: fine-tuning that keeps the weights W and trains a small matrix product B A beside them (arXiv:2106.09685).
 
     y = W x + (alpha / rank) B A x          A (rank, in), B (out, rank); B starts at zero, so that nothing changes at first
 
-What is learnt is saved alone, as PEFT does: adapter_model.safetensors and adapter_config.json can be read by
-`PeftModel.from_pretrained(model, directory)`. For use, `merged` adds it into W, so that it costs nothing.
+Only A and B are saved, in PEFT's format: `PeftModel.from_pretrained(model, directory)` reads adapter_model.safetensors and
+adapter_config.json. For generation, `merged` adds them to W, so that they cost nothing.
 """
 
 import math
@@ -18,14 +18,13 @@ PREFIX = "base_model.model."  # of PEFT's names
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with a learnt addition of low rank to its weight. Dropout is on what goes into A."""
+    """A linear layer with a trained addition of low rank to its frozen weight."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make another weight
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would allocate another weight
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.scale = alpha / rank
-        self.dropout = nn.Dropout(dropout)
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
@@ -33,18 +32,19 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
 
     def widen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, in + rank) and a table (out, in + rank) whose product is `forward`: for the loss, which takes a head apart."""
-        low = self.scale * self.lora_A(self.dropout(x))
+        """x (N, in + rank) and a table (out, in + rank) whose product is `forward`: for kernels.next_token_loss, which multiplies
+        hidden states and table itself."""
+        low = self.scale * self.lora_A(x)
         return torch.cat((x, low.to(x.dtype)), dim=-1), torch.cat((self.weight, self.lora_B.weight), dim=-1)
 
 
-def add_adapters(model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Freeze a model, and give each linear layer whose last name is in `targets` an adapter, in place.
+def add_adapters(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> None:
+    """Freeze a model and give each linear layer whose last name is in `targets` an adapter, in place.
 
-    Raises ValueError where the model has no such layer.
+    Raises ValueError if the model has no layer of one of these names.
     """
     model.requires_grad_(False)
     targets = set(targets)
@@ -54,7 +54,7 @@ def add_adapters(model: nn.Module, targets: Iterable[str], rank: int, alpha: flo
         raise ValueError(f"this model has no linear layer named {', '.join(sorted(missing))}")
     for name, module in found:
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, _last(name), LoRALinear(module, rank, alpha, dropout))
+        setattr(parent, _last(name), LoRALinear(module, rank, alpha))
 
 
 def _last(name: str) -> str:
@@ -62,12 +62,12 @@ def _last(name: str) -> str:
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers of a model that have adapters, by name; none where it was not given any."""
+    """The layers of a model that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What PEFT calls adapter_model.safetensors and adapter_config.json: the learnt tensors, and how they are to be used."""
+    """The contents of PEFT's adapter_model.safetensors and adapter_config.json: the trained tensors, and how to use them."""
     layers = adapters(model)
     first = next(iter(layers.values()))
     rank = first.lora_A.out_features
@@ -80,7 +80,7 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": first.scale * rank,
-        "lora_dropout": first.dropout.p,
+        "lora_dropout": 0.0,
         "target_modules": sorted({_last(name) for name in layers}),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -92,8 +92,8 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def expected(weights: Mapping[str, Tensor], names: Iterable[str], rank: int) -> dict[str, Tensor]:
-    """What adapters of this rank to these weights are, so far as `names` of saved ones tell which layers have some; on the meta
-    device, to compare types and shapes with."""
+    """The tensors of adapters of this rank to these weights, for the layers that occur in `names`; on the meta device, to compare
+    types and shapes with."""
     found = {}
     for layer in sorted({name.rpartition(".lora_")[0] for name in names}):
         weight = weights.get(f"{layer.removeprefix(PREFIX)}.weight")
@@ -104,7 +104,7 @@ def expected(weights: Mapping[str, Tensor], names: Iterable[str], rank: int) -> 
 
 
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved adapters back into a model that has such. Raises ValueError where they are others."""
+    """Load saved adapters into a model with adapters. Raises ValueError if rank, targets or shapes differ."""
     wanted, _ = adapter_state(model)
     if shapes(wanted) != shapes(tensors):
         raise ValueError("the adapters have another rank, other targets or other shapes")
@@ -118,9 +118,9 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def merged(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a model with adapters added in: W + (alpha / rank) B A.
+    """The weights of a model with adapters added: W + (alpha / rank) B A.
 
-    Raises ValueError where they belong to a model of another shape, KeyError where config lacks r or lora_alpha.
+    Raises ValueError if they belong to a model of another shape, KeyError if config lacks r or lora_alpha.
     """
     scale = config["lora_alpha"] / config["r"]
     result = dict(weights)

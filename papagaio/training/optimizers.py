@@ -9,21 +9,22 @@ from torch import Tensor, nn
 from papagaio.runtime import computes_bfloat16
 from papagaio.training.options import RunOptions
 
-# Each step's polynomial is the best there is for the singular values that the one before leaves (Polar Express, Amsel et al.
-# 2025, arXiv:2505.16932), here for three steps and values from 0.01 on, which end between 0.72 and 1.27. As published, with a
-# margin of 1 % for rounding. Three of these do as well as five of what is usual, Newton-Schulz (LOG.md).
+# The polynomial of each step is the best one for the singular values that the step before leaves (Polar Express, Amsel et al.
+# 2025, arXiv:2505.16932), here for three steps and singular values from 0.01, which end between 0.72 and 1.27. As published, with
+# a margin of 1 % for rounding. Three of these steps do as well as five of the usual Newton-Schulz (LOG.md, 2026-11-23).
 POLAR_EXPRESS = ((8.0132, -22.9258, 16.5994), (3.6006, -2.6419, 0.5105), (2.6613, -1.9772, 0.4526))
+MOMENTUM = 0.9  # of Muon (LOG.md, 2026-11-23)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring the singular values of matrices (N, rows, columns) near 1, keeping the singular vectors: U S V' -> about U V'.
+    """Bring the singular values of matrices (N, rows, columns) near 1 and keep the singular vectors: U S V' -> about U V'.
 
-    A few matrix products, for all N at once; in bfloat16 where the hardware computes it, which loses nothing and saves time.
+    A few matrix products for all N at once, in bfloat16 if the hardware computes it: as good, and faster.
     """
     x = matrices.bfloat16() if computes_bfloat16(matrices.device.type) else matrices.float()
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
-    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)  # a little below 1, so that rounding leads nowhere beyond
+    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)  # largest singular value below 1, in spite of rounding
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram gram) x
@@ -31,14 +32,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, for the matrices inside the blocks (Keller Jordan et al. 2024).
+    """Momentum with an orthogonalised update, for the matrices inside the blocks (Keller Jordan et al. 2024).
 
-    Every direction of a matrix then learns at the same speed. The update is scaled by sqrt(max(1, rows / columns)), so that
-    one learning rate serves all shapes. Matrices of equal shape, or of the same one turned, are updated together, in few
-    large operations; their momenta stand stacked, as the state of the first of them.
+    All directions of a matrix then learn at the same speed. The update is scaled by sqrt(max(1, rows / columns)), so that one
+    learning rate fits all shapes. Matrices of the same shape, or of the transposed one, are updated together in few large
+    operations; their momenta are stacked and stored as the state of the first of them.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = MOMENTUM, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         shapes = sorted({tuple(sorted(p.shape)) for p in params})
         self.stacks = [[p for p in params if tuple(sorted(p.shape)) == shape] for shape in shapes]
@@ -53,7 +54,7 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"].lerp_(grads, 1 - group["momentum"])
-            update = orthogonalize(grads.lerp_(momentum, group["momentum"]))  # Nesterov's look ahead
+            update = orthogonalize(grads.lerp_(momentum, group["momentum"]))  # Nesterov's variant
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for p, u, t in zip(params, update.unbind(), tall, strict=True):
@@ -61,7 +62,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """What one of these optimizers keeps of each parameter once it has made a step, on the meta device."""
+    """The state of one of these optimizers after its first step, by parameter, on the meta device."""
     if isinstance(optimizer, Muon):
         stacks = optimizer.stacks
         return {p[0]: {"momentum": torch.empty(len(p), *sorted(p[0].shape), device="meta")} for p in stacks}
@@ -74,46 +75,44 @@ def expected_state(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[
 
 
 def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model's parameters by what they are: look-up tables, the head, hidden matrices, scalars.
+    """The optimizers of a model's trained parameters, by the roles that `model.parameter_roles()` gives them.
 
-    Muon's rate serves every width and depth. Those of the tables and the head, which AdamW trains, are meant for 384 channels
-    and fall with 1 / sqrt(n_embd) (LOG.md). Weight decay is on matrices only: not on tables with rates of their own, norms
-    or biases.
+    Muon's rate fits every width and depth. The rates of the tables and the head, which AdamW trains, are given for 384 channels
+    and fall with 1 / sqrt(n_embd) (LOG.md). Weight decay is for matrices only: not for tables with rates of their own, norms or
+    biases.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [name for name in named if name.startswith("blocks.") and name.endswith(".weight") and named[name].ndim == 2]
-    tables = [name for name in named if "embed" in name and named[name].ndim == 2]
-    head = [name for name in named if name == "head.weight"]
-    gates = [name for name in named if "_gate" in name or "_scale" in name]
-    vectors = [name for name in named if name not in {*hidden, *tables, *head, *gates}]
-    betas = (config.beta1, config.beta2)
-    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in named.values())
+    roles = model.parameter_roles()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in trained.values())
 
-    def group(names: list[str], rate: float, weight_decay: float = 0.0) -> dict[str, Any]:
-        return {"params": [named[name] for name in names], "lr": rate, "weight_decay": weight_decay}
+    def group(roles_inside: tuple[str, ...], rate: float, weight_decay: float = 0.0) -> dict[str, Any]:
+        return {
+            "params": [p for name, p in trained.items() if roles[name] in roles_inside],
+            "lr": rate,
+            "weight_decay": weight_decay,
+        }
 
-    def adamw(groups: list[dict[str, Any]], eps: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, fused=fused)
+    def adamw(groups: list[dict[str, Any]], eps: float) -> list[torch.optim.Optimizer]:
+        groups = [each for each in groups if each["params"]]
+        return [torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=eps, fused=fused)] if groups else []
 
+    tables = ("table", "value_table", "bigram_table")
     if config.optimizer == "adamw":
-        rate = config.learning_rate
-        groups = [group(hidden + tables + head, rate, config.weight_decay), group(vectors + gates, rate)]
-        optimizers = [adamw(groups, eps=1e-8)]
+        decayed = group(("matrix", "head", *tables), config.learning_rate, config.weight_decay)
+        optimizers = adamw([decayed, group(("vector", "gate"), config.learning_rate)], eps=1e-8)
     else:
         narrow = math.sqrt(384 / model.config.n_embd)
         table_rate, head_rate = config.embedding_learning_rate * narrow, config.head_learning_rate * narrow
-        groups = [  # a tied table is the head as well, and as a head it wants the smaller steps
-            group([name for name in tables if name in ("embed.weight", "pos_embed.weight")], table_rate if head else head_rate),
-            group([name for name in tables if name.startswith("value_embeds.")], 0.5 * table_rate),
-            group([name for name in tables if name == "bigram_embed.weight"], 0.3 * table_rate),
-            group(head, head_rate),
-            group(vectors, head_rate),
-            group(gates, config.embedding_learning_rate),
+        groups = [  # a tied table is the head as well, and needs the head's smaller steps
+            group(("table",), table_rate if "head" in roles.values() else head_rate),
+            group(("value_table",), 0.5 * table_rate),
+            group(("bigram_table",), 0.3 * table_rate),
+            group(("head", "vector"), head_rate),
+            group(("gate",), config.embedding_learning_rate),
         ]
-        optimizers = [adamw(groups, eps=1e-10)] if any(g["params"] for g in groups) else []
-        if hidden:  # unless frozen
-            muon = Muon([named[name] for name in hidden], config.learning_rate, config.muon_momentum, config.weight_decay)
-            optimizers.append(muon)
+        optimizers = adamw(groups, eps=1e-10)
+        if matrices := group(("matrix",), config.learning_rate)["params"]:  # none if they are frozen
+            optimizers.append(Muon(matrices, config.learning_rate, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for each in optimizer.param_groups:
             each["peak_lr"] = each["lr"]
@@ -121,7 +120,7 @@ def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Op
 
 
 def moment_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
-    """Bytes of the moments that optimizers keep once they have made a step."""
+    """Bytes of the optimizers' moments after their first step."""
     return sum(
         p.nbytes * (1 if isinstance(optimizer, Muon) else 2)
         for optimizer in optimizers
@@ -131,9 +130,9 @@ def moment_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def schedule(step: int, config: RunOptions) -> float:
-    """Learning rate of a step as a part of its peak, in [0, 1].
+    """The learning rate of a step as a fraction of its peak, in [0, 1].
 
-    Rises linearly over warmup_steps, then falls to min_learning_rate: along a cosine, or constant and then straight.
+    It rises linearly over warmup_steps, then falls to min_learning_rate: along a cosine, or constant and then linear.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -146,7 +145,7 @@ def schedule(step: int, config: RunOptions) -> float:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Set every group's learning rate to a part of its peak."""
+    """Set every group's learning rate to a fraction of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]

@@ -1,7 +1,11 @@
 """papagaio/batches/windows.py: every window once an epoch, the same ones for the same seed and step, validation without gaps."""
 
 import itertools
+import sys
+import threading
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,9 @@ from conftest import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papagaio.batches.windows import Ahead, Batch, ValidationWindows, WindowLoader, mix, permute
+from papagaio.batches.packing import Mixture
+from papagaio.batches.prefetch import Prefetch
+from papagaio.batches.windows import Batch, ValidationWindows, WindowLoader, mix, permute
 from papagaio.errors import UserError
 
 
@@ -24,7 +30,8 @@ def test_permute_is_a_bijection(size: int, seed: int, epoch: int) -> None:
 @settings(max_examples=50, deadline=None)
 def test_permute_takes_an_array_at_once(size: int, seed: int, epoch: int, places: list[int]) -> None:
     places = [place % size for place in places]
-    assert permute(np.array(places, np.int64), size, seed, epoch).tolist() == [permute(p, size, seed, epoch) for p in places]
+    alone = [int(permute(np.array([place]), size, seed, epoch)[0]) for place in places]
+    assert permute(np.array(places, np.int64), size, seed, epoch).tolist() == alone
 
 
 def test_mix_is_splitmix64() -> None:
@@ -93,9 +100,8 @@ def test_the_same_windows_whatever_the_batch_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 def test_ranks_share_the_batch_of_one(tmp_path: Path, ranks: int) -> None:
     dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
-    options = {"document_mask": True, "start_at_documents": True}
-    alone = WindowLoader(dataset, "train", 16, 6, 1, **options)
-    shared = [WindowLoader(dataset, "train", 16, 6, 1, **options, rank=rank, world_size=ranks) for rank in range(ranks)]
+    alone = WindowLoader(dataset, "train", 16, 6, 1, document_mask=True)
+    shared = [WindowLoader(dataset, "train", 16, 6, 1, document_mask=True, rank=rank, world_size=ranks) for rank in range(ranks)]
     for step in (0, 5, 100):
         (batch,) = alone(step)
         parts = [loader(step)[0] for loader in shared]
@@ -103,45 +109,70 @@ def test_ranks_share_the_batch_of_one(tmp_path: Path, ranks: int) -> None:
             assert torch.equal(whole, torch.cat(split))
 
 
-def test_documents_are_numbered_and_windows_start_at_them(tmp_path: Path) -> None:
+def test_documents_are_numbered(tmp_path: Path) -> None:
     documents = [bytes([i]) * (5 + 7 * i % 40) for i in range(100)]
     dataset = make_dataset(tmp_path, documents, shard_tokens=700)
-    loader = WindowLoader(dataset, "train", 16, 8, 1, document_mask=True, start_at_documents=True)
+    loader = WindowLoader(dataset, "train", 16, 8, 1, document_mask=True)
     plain = WindowLoader(dataset, "train", 16, 8, 1)
-    moved = 0
     for step in range(30):
-        (batch,), (anywhere,) = loader(step), plain(step)
-        assert anywhere.doc_ids is None
-        for ids, targets, doc_ids, before in zip(batch.ids, batch.targets, batch.doc_ids, anywhere.ids, strict=True):
-            assert torch.equal(ids[1:], targets[:-1])
-            assert doc_ids.tolist() == (ids == 256).cumsum(0).tolist()
-            begins = (before == 256).nonzero().flatten()
-            if len(begins) == 0:
-                assert torch.equal(ids, before)
-            elif ids[0] == 256:
-                moved += 1
-                assert torch.equal(ids[: 16 - int(begins[0])], before[int(begins[0]) :])
-            else:  # at its shard's end it can only be moved so far
-                assert any(shard[-17:-1].tolist() == ids.tolist() for shard in dataset.shards("train"))
-    assert moved > 100
+        (batch,), (unmasked,) = loader(step), plain(step)
+        assert unmasked.doc_ids is None
+        assert torch.equal(batch.ids, unmasked.ids)
+        assert torch.equal(batch.doc_ids, (batch.ids == 256).cumsum(1))
 
 
-def test_the_next_batch_is_ready_ahead(tmp_path: Path) -> None:
+def test_threads_may_ask_for_different_steps_at_once(tmp_path: Path) -> None:
+    """The training loop asks for the places of a step while the prefetching thread reads another one. Here, another thread
+    runs before each line of the loader's methods."""
     dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
-    loader = WindowLoader(dataset, "train", 16, 4, 1)
-    asked: list[int] = []
-    with Ahead(lambda step: asked.append(step) or loader(step), torch.device("cpu")) as ahead:
+    loader, mixture = WindowLoader(dataset, "train", 16, 4, 1), Mixture([50, 30], [1.5, 2.0], 3)
+    for owner, get, others in ((loader, loader.places, (5000,)), (mixture, mixture, (500, 540))):
+        runs = []
+
+        def interrupt(frame: FrameType, event: str, argument: Any, owner=owner, get=get, others=others, runs=runs) -> Any:  # noqa: ANN001
+            if frame.f_locals.get("self") is not owner:
+                return None
+            thread = threading.Thread(target=lambda: runs.append(get(*others)))
+            thread.start()
+            thread.join()
+            return interrupt
+
+        arguments = tuple(range(0, 40 * len(others), 40))
+        alone, tracer = get(*arguments), sys.gettrace()
+        sys.settrace(interrupt)
+        interrupted = get(*arguments)
+        sys.settrace(tracer)
+        assert interrupted == alone
+        assert len(runs) > 5
+        assert all(run == get(*others) for run in runs)
+
+
+class Recorded:
+    """A loader that notes the steps it is asked for."""
+
+    def __init__(self, loader: WindowLoader) -> None:
+        self.loader, self.asked = loader, []
+        self.epochs, self.places = loader.epochs, loader.places
+
+    def __call__(self, step: int) -> list[Batch]:
+        self.asked.append(step)
+        if step < 0:
+            raise ValueError("no such step")
+        return self.loader(step)
+
+
+def test_the_next_batch_is_prefetched(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
+    loader = Recorded(WindowLoader(dataset, "train", 16, 4, 1))
+    with Prefetch(loader, torch.device("cpu")) as prefetch:
         for step in (3, 4, 5, 9):
-            assert torch.equal(ahead(step)[0].ids, loader(step)[0].ids)
-        ahead.waiting[10].result()
-    assert asked[:4] == [3, 4, 5, 6]
-    assert asked[-2:] == [9, 10]
-
-    def broken(step: int) -> list[Batch]:
-        raise ValueError("no such step")
-
-    with Ahead(broken, torch.device("cpu")) as ahead, pytest.raises(ValueError, match="no such step"):
-        ahead(0)
+            assert torch.equal(prefetch(step)[0].ids, loader.loader(step)[0].ids)
+        prefetch.waiting[10].result()
+        assert (prefetch.epochs(7), prefetch.places(7)) == (loader.epochs(7), loader.places(7))
+    assert loader.asked[:4] == [3, 4, 5, 6]
+    assert loader.asked[-2:] == [9, 10]
+    with Prefetch(loader, torch.device("cpu")) as prefetch, pytest.raises(ValueError, match="no such step"):
+        prefetch(-1)
 
 
 @pytest.mark.gpu
@@ -149,9 +180,9 @@ def test_the_next_batch_is_ready_ahead(tmp_path: Path) -> None:
 def test_batches_for_a_gpu_wait_in_pinned_memory(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
     loader = WindowLoader(dataset, "train", 16, 4, 1, document_mask=True)
-    with Ahead(loader, torch.device("cuda")) as ahead:
+    with Prefetch(loader, torch.device("cuda")) as prefetch:
         for step in range(3):
-            (batch,) = ahead(step)
+            (batch,) = prefetch(step)
             assert all(tensor.is_pinned() for tensor in batch)
             for tensor, expected in zip(batch.to(torch.device("cuda")), loader(step)[0], strict=True):
                 assert torch.equal(tensor.cpu(), expected)

@@ -41,16 +41,16 @@ def pairs() -> list[preference.Pair]:
 
 def log_probability(gpt: GPT, row: Preference, answer: Message) -> torch.Tensor:
     """By hand: the sum over the answer's tokens and its end."""
-    ids, learnt = map(torch.tensor, render(BYTES, [*row.messages, answer], train_on="last"))
+    ids, supervised = map(torch.tensor, render(BYTES, [*row.messages, answer], train_on="last"))
     nats = torch.nn.functional.cross_entropy(gpt(ids[None, :-1])[0], ids[1:], reduction="none")
-    return -nats[learnt[1:]].sum()
+    return -nats[supervised[1:]].sum()
 
 
 def test_the_loss_is_dpos_and_so_are_its_gradients() -> None:
     start, gpt = model(0), model(1)
     found = pairs()
     reference = preference.reference_log_probabilities(start, found, torch.float32, batch_size=4)
-    loader = preference.PairLoader(found, reference, Mixture([6], [1.0], 0), 6)
+    loader = preference.PairLoader(found, Mixture([6], [1.0], 0), 6, reference)
     (batch,) = loader(0)
     loss = sum(preference.objective(0.3)(gpt, micro) for micro in batch.split(4))
     loss.backward()
@@ -77,7 +77,7 @@ def test_at_the_start_the_loss_is_that_of_a_coin_and_training_moves_the_margin()
     gpt = model()
     found = pairs()
     reference = preference.reference_log_probabilities(gpt, found, torch.float32)
-    loader = preference.PairLoader(found, reference, Mixture([6], [1.0], 0), 6)
+    loader = preference.PairLoader(found, Mixture([6], [1.0], 0), 6, reference)
     objective = preference.objective(0.1)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-3)
     losses = []
@@ -122,9 +122,9 @@ def test_pairs_that_do_not_fit_are_counted_once() -> None:
     assert {reason: len(places) for reason, places in report.places.items()} == {"longer than the context of 64 tokens": 2}
 
 
-def test_a_dry_run_takes_the_answers_alike() -> None:
-    loader = preference.PairLoader(pairs(), torch.zeros(6, 2), Mixture([6], [1.0], 0), 4)
-    (batch,) = preference.AsAnswers(loader)(2)
-    assert batch.ids.shape[0] == 8
-    assert torch.equal(batch.ids, loader(2)[0].ids.flatten(0, 1))
-    assert torch.equal(batch.targets, loader(2)[0].targets.flatten(0, 1))
+def test_a_batch_splits_and_moves_together() -> None:
+    (batch,) = preference.PairLoader(pairs(), Mixture([6], [1.0], 0), 5, torch.arange(12.0).view(6, 2))(2)
+    parts = [part.to(torch.device("cpu")) for part in batch.split(2)]
+    assert [type(part) for part in parts] == [preference.PairBatch] * 3
+    for whole, *split in zip(batch, *parts, strict=True):
+        assert torch.equal(whole, torch.cat(split))

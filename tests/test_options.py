@@ -1,22 +1,35 @@
-"""papagaio/options.py: where options come from, and what is said about wrong ones."""
+"""papagaio/options.py and errors.py: where options come from, and the messages about wrong ones."""
 
+import signal
 from pathlib import Path
+from typing import Self
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import model_validator
 
-from papagaio.errors import MachineError, UserError, run
+from papagaio.errors import STOP_SIGNALS, MachineError, UserError, catch_signals, leave, run
 from papagaio.options import Options, option, parse, read_options
 from papagaio.training.options import RunOptions
 
 
 class Sample(Options):
-    out_dir: Path = option(..., "a directory")
-    max_steps: int = option(10, "steps", ge=1)
+    out_dir: Path = option(..., "a directory", group="Run", resume="ignored")
+    max_steps: int = option(10, "steps", group="Run", resume="free", ge=1)
     learning_rate: float = option(0.5, "rate", gt=0)
     compile: bool = option(False, "whether")
     names: tuple[str, ...] = option((), "several")
+
+
+class Bounded(Sample):
+    floor: float = option(0.0, "lowest rate", group="More")
+
+    @model_validator(mode="after")
+    def _below(self) -> Self:
+        if self.floor > self.learning_rate:
+            raise ValueError(f"floor {self.floor} is above learning_rate {self.learning_rate}")
+        return self
 
 
 def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
@@ -58,7 +71,7 @@ def test_numbers_survive_the_command_line(steps: int, rate: float) -> None:
         (["--out_dir=x", "--max_steps=many"], "--max_steps=many: .*integer"),
         (["--out_dir=x", "--max_steps=1.5"], "--max_steps=1.5: .*integer"),
         (["--out_dir=x", "--learning_rate=nan"], "--learning_rate=nan"),
-        (["--out_dir=x", "--learning_rate=inf"], "--learning_rate=inf: a finite number"),
+        (["--out_dir=x", "--learning_rate=inf"], "--learning_rate=inf: .*finite number"),
         (["--out_dir=x", "--compile=perhaps"], "--compile=perhaps"),
         (["--out_dir=x", "--max_steps"], "--max_steps: expected one argument"),
         ([], "--out_dir is required"),
@@ -94,6 +107,40 @@ def test_options_that_exclude_each_other() -> None:
     for wrong in ("--micro_batch_size=5", "--resume --overwrite", "--min_learning_rate=1"):
         with pytest.raises(UserError, match=r"divide|exclude|above"):
             read_options(RunOptions, ["--out_dir=x", *wrong.split()])
+
+
+def test_defaults_replace_only_what_the_user_has_not_set(tmp_path: Path) -> None:
+    toml = tmp_path / "a.toml"
+    toml.write_text("\nfloor = 0.25\n")
+    config = read_options(Bounded, [str(toml), "--out_dir=x", "--max_steps=3"])
+    changed = config.with_defaults({"max_steps": 7, "compile": True, "learning_rate": 0.3})
+    assert (changed.max_steps, changed.compile, changed.learning_rate, changed.floor) == (3, True, 0.3, 0.25)
+    assert (config.compile, config.learning_rate) == (False, 0.5), "a copy"
+    assert changed.with_defaults({"names": ("a",)}).learning_rate == 0.3, "the first defaults stay"
+    with pytest.raises(UserError, match=r"^[^ ]*a\.toml:2: floor 0\.25 is above learning_rate 0\.1$"):
+        config.with_defaults({"learning_rate": 0.1})
+    with pytest.raises(UserError, match=r"^floor 0\.75 is above learning_rate 0\.5$"):
+        read_options(Bounded, ["--out_dir=x", "--floor=0.75"])
+
+
+def test_a_file_may_be_completed_by_flags(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('out_dir = "x"\nfloor = 0.75\n')
+    assert read_options(Bounded, [str(tmp_path / "a.toml"), "--learning_rate=1"]).floor == 0.75
+    with pytest.raises(UserError, match=r"a\.toml:2: floor 0\.75 is above learning_rate 0\.5$"):
+        read_options(Bounded, [str(tmp_path / "a.toml")])
+
+
+def test_options_are_grouped_in_the_help_and_by_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_options(Bounded, ["--help"])
+    out = capsys.readouterr().out
+    shown = out[out.index("\nMore:") :]
+    places = [
+        shown.index(words) for words in ("More:", "--floor X", "Run:", "--out_dir X", "--max_steps X", "Options:", "--names X")
+    ]
+    assert places == sorted(places), "own options first, then inherited ones"
+    assert Bounded.by_resume("free") == ["max_steps"]
+    assert Bounded.by_resume("same", "free") == ["max_steps", "learning_rate", "compile", "names", "floor"]
 
 
 def test_parse_ends_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,3 +182,17 @@ def test_run_leaves_our_own_bugs_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run(main, Sample(out_dir=Path("x")))
+
+
+def test_a_hangup_is_caught_unless_nohup_ignores_it() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        assert set(catch_signals(leave)) == set(STOP_SIGNALS) >= {signal.SIGHUP}
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGHUP)):
+            signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert signal.SIGHUP not in catch_signals(leave)
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -74,10 +74,10 @@ def test_groups_have_their_rates_and_decay_is_on_matrices_only() -> None:
     narrow = math.sqrt(384 / 16)  # the tables' and the head's rates are for 384 channels
     assert rate[model.embed.weight] == pytest.approx(0.2 * narrow)
     assert rate[model.head.weight] == pytest.approx(0.01 * narrow)
-    assert rate[model.value_embeds["1"].weight] == pytest.approx(0.1 * narrow)
-    assert rate[model.bigram_embed.weight] == pytest.approx(0.06 * narrow)
+    assert rate[model.blocks[1].attn.value_embed.weight] == pytest.approx(0.1 * narrow)
+    assert rate[model.previous_token.bigram_embed.weight] == pytest.approx(0.06 * narrow)
     assert rate[model.blocks[0].attn.q.weight] == 0.02
-    assert rate[model.blocks[1].attn.value_gate] == rate[model.smear_scale] == 0.2
+    assert rate[model.blocks[1].attn.value_gate] == rate[model.previous_token.smear_scale] == 0.2
     tied = gpt("gpt2")
     rate = {p: g["lr"] for o in make_optimizers(tied, config) for g in o.param_groups for p in g["params"]}
     assert rate[tied.embed.weight] == pytest.approx(0.01 * narrow)  # it is the head as well

@@ -1,0 +1,211 @@
+"""Assembles pieces into the shards of a dataset: removes duplicates, splits the documents, writes the shards.
+
+Duplicates and the split depend on all documents. They are decided from the indexes alone, when all pieces are there.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from papagaio.corpus.dataset import SPLITS, ShardWriter, Split, token_dtype
+from papagaio.corpus.encoding import INDEX, piece_paths
+from papagaio.corpus.split import combined_hash, held_out_below
+from papagaio.errors import UserError
+from papagaio.tokenizer import Tokenizer
+
+IN_MEMORY = 2**22  # tokens or documents at a time
+
+
+class Documents(NamedTuple):
+    """Some documents in order: (N,) arrays of their hashes, bytes and tokens (0 tokens: an empty document)."""
+
+    digest: NDArray[np.uint64]
+    bytes: NDArray[np.uint64]
+    tokens: NDArray[np.uint64]
+
+
+class Pieces:
+    """All pieces of a preparation, read as one stream of tokens and one list of documents."""
+
+    def __init__(self, work: Path, count: int, dtype: np.dtype) -> None:
+        self.paths = [piece_paths(work, number) for number in range(count)]
+        self.dtype = dtype
+        sizes = [int(read_index(index)["tokens"].sum()) for _, index in self.paths]
+        self.ends = np.cumsum([0, *sizes])  # tokens before each piece, and all tokens
+
+    def documents(self) -> Iterator[Documents]:
+        """The documents, one piece at a time. A document that continues in the next piece comes with that one."""
+        rest = np.empty(0, INDEX)
+        for _, path in self.paths:
+            entries = np.concatenate([rest, read_index(path)])
+            ends = np.flatnonzero(entries["last"])
+            if not len(ends):
+                rest = entries
+                continue
+            entries, rest = entries[: ends[-1] + 1], entries[ends[-1] + 1 :]
+            starts = np.concatenate([[0], ends[:-1] + 1])
+            digest = entries["digest"][ends]
+            for i in np.flatnonzero(ends > starts):
+                digest[i] = combined_hash(entries["digest"][starts[i] : ends[i] + 1].tolist())
+            yield Documents(digest, *(np.add.reduceat(entries[name], starts) for name in ("bytes", "tokens")))
+
+    def tokens(self, start: int, stop: int) -> Iterator[NDArray[np.integer]]:
+        """Tokens [start, stop) of the stream, up to IN_MEMORY at a time."""
+        piece = int(np.searchsorted(self.ends, start, side="right")) - 1
+        while start < stop:
+            first, end = int(self.ends[piece]), int(self.ends[piece + 1])
+            while start < min(stop, end):
+                count = min(IN_MEMORY, min(stop, end) - start)
+                offset = (start - first) * self.dtype.itemsize
+                yield np.fromfile(self.paths[piece][0], self.dtype, count, offset=offset)
+                start += count
+            piece += 1
+
+    def discard(self, position: int) -> None:
+        """Delete the tokens of the pieces that end before a position of the stream."""
+        for path, _ in self.paths[: int(np.searchsorted(self.ends, position, side="right")) - 1]:
+            path.unlink(missing_ok=True)
+
+
+def read_index(path: Path) -> NDArray[np.void]:
+    """The index of a piece. Raises UserError if it is damaged."""
+    try:
+        with path.open("rb") as file:
+            found = np.lib.format.read_array(file)  # reads no pickles
+        problem = None if found.dtype == INDEX and found.ndim == 1 else found.dtype
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        problem = repr(error)
+    if problem is not None:
+        raise UserError(f"{path}: damaged ({problem}); delete it, and the same command makes it again")
+    return found
+
+
+class Selection:
+    """Which documents go into the dataset, and into which split.
+
+    `empty`, `duplicate` and `dropped` are boolean arrays (N,) over all documents; of two equal documents the first is kept. Of
+    those that are not dropped, the ones with a hash below `limit` go to the val split. `limit` is 0 for a single document, which
+    is cut near its end. Raises UserError, which names the `source`, if all documents are empty.
+    """
+
+    def __init__(
+        self, documents: Callable[[], Iterator[Documents]], val_fraction: float, keep_duplicates: bool, source: str
+    ) -> None:
+        self.empty = np.concatenate([np.zeros(0, bool), *(tokens == 0 for _, _, tokens in documents())])
+        self.duplicate = np.zeros(len(self.empty), bool)
+        extremes: set[int] = set()  # the two smallest hashes and the largest of each pass: all that held_out_below needs
+        passes = 1 + len(self.empty) // IN_MEMORY  # each compares the hashes with the same remainder
+        for remainder in range(passes):
+            digests, places, start = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+            for digest, _, tokens in documents():
+                chosen = np.flatnonzero((tokens > 0) & (digest % np.uint64(passes) == remainder))
+                digests.append(digest[chosen])
+                places.append(start + chosen)
+                start += len(digest)
+            place = np.concatenate(places)
+            distinct, first = np.unique(np.concatenate(digests), return_index=True)
+            self.duplicate[place] = True
+            self.duplicate[place[first]] = False
+            extremes |= {*distinct[:2].tolist(), *distinct[-1:].tolist()}
+        self.limit = held_out_below(extremes, val_fraction)
+        self.keeps_duplicates = keep_duplicates and self.limit > 0  # a single document is not repeated
+        self.dropped = self.empty if self.keeps_duplicates else self.empty | self.duplicate
+        if self.dropped.all():
+            raise UserError(f"{source}: no text in there")
+
+    def held_out(self, digest: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of these hashes are those of val documents."""
+        return digest < np.uint64(self.limit)
+
+
+def assemble(
+    work: Path, n_pieces: int, tokenizer: Tokenizer, shard_tokens: int, val_fraction: float, keep_duplicates: bool, source: str
+) -> dict[str, Any]:
+    """Write the shards of both splits into the work directory, and return the manifest's entries about them.
+
+    Pieces are deleted as soon as they are in complete train shards. Raises UserError if there is no text, or if a single document
+    is too short to be cut.
+    """
+    pieces = Pieces(work, n_pieces, token_dtype(tokenizer))
+    selection = Selection(pieces.documents, val_fraction, keep_duplicates, source)
+    counts = count_documents(pieces, selection)
+    ranges = {split: partial(token_ranges, pieces, selection, split) for split in SPLITS}
+    if not selection.limit:
+        ranges, counts = cut_document(pieces, counts["train"], next(ranges["train"]()), tokenizer, val_fraction)
+    splits = {}
+    for split in ("val", "train"):  # train comes last, so that pieces can be deleted meanwhile
+        writer = ShardWriter(work, split, pieces.dtype, counts[split].tokens, shard_tokens)
+        skip = writer.ready
+        for start, stop in ranges[split]():
+            done = min(skip, stop - start)
+            skip -= done
+            for part in pieces.tokens(start + done, stop):
+                if writer.write(part) and split == "train" and selection.limit:
+                    pieces.discard(start)
+        assert not writer.left, "tokens are missing"
+        counts[split].bytes_per_token = counts[split].bytes / max(1, counts[split].tokens)
+        splits[split] = counts[split].model_dump() | {"shards": writer.done}
+    return {"empty_documents": int(selection.empty.sum()), "splits": {split: splits[split] for split in SPLITS}}
+
+
+def count_documents(pieces: Pieces, selection: Selection) -> dict[str, Split]:
+    """Documents, tokens and bytes of both splits."""
+    kept_twice = selection.keeps_duplicates
+    counts = {split: Split(documents=0, tokens=0, bytes=0, duplicates_kept=kept_twice, shards=[]) for split in SPLITS}
+    number = 0
+    for digest, n_bytes, tokens in pieces.documents():
+        here = slice(number, number + len(digest))
+        number += len(digest)
+        for split, count in counts.items():
+            inside = selection.held_out(digest) == (split == "val")
+            kept = inside & ~selection.dropped[here]
+            count.documents += int(kept.sum())
+            count.tokens += int(tokens[kept].sum())
+            count.bytes += int(n_bytes[kept].sum())
+            count.duplicates += int((inside & selection.duplicate[here]).sum())
+            count.longest_document = max(count.longest_document, int(tokens[kept].max(initial=0)))
+    return counts
+
+
+def token_ranges(pieces: Pieces, selection: Selection, split: str) -> Iterator[tuple[int, int]]:
+    """The ranges [start, stop) of the stream of tokens that make up a split, in order."""
+    position = number = 0
+    for digest, _, tokens in pieces.documents():
+        chosen = ~selection.dropped[number : number + len(digest)] & (selection.held_out(digest) == (split == "val"))
+        ends = position + np.cumsum(tokens.astype(np.int64))
+        edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
+        for first, behind in edges.reshape(-1, 2).tolist():
+            yield int(ends[first] - int(tokens[first])), int(ends[behind - 1])
+        position, number = int(ends[-1]), number + len(digest)
+
+
+def cut_document(
+    pieces: Pieces, whole: Split, span: tuple[int, int], tokenizer: Tokenizer, val_fraction: float
+) -> tuple[dict[str, Callable], dict[str, Split]]:
+    """Token ranges and counts of both splits of a single document, cut between two tokens and between two characters.
+
+    Each part begins with the document's first token, <|endoftext|>.
+    """
+    start, stop = span
+    target = int(whole.bytes * (1 - val_fraction))
+    lengths = np.array(tokenizer.byte_lengths)
+    # Tokens that begin with the first byte of a character.
+    begins = np.array([n == 0 or tokenizer.token_bytes(i)[0] & 0xC0 != 0x80 for i, n in enumerate(lengths.tolist())])
+    position, n_bytes, place, train_bytes = start, 0, start, 0
+    for part in pieces.tokens(start, stop):
+        before = n_bytes + np.cumsum(lengths[part]) - lengths[part]
+        if len(candidates := np.flatnonzero(begins[part] & (before <= target))):
+            place, train_bytes = position + int(candidates[-1]), int(before[candidates[-1]])
+        position, n_bytes = position + len(part), int(before[-1] + lengths[part[-1]])
+        if n_bytes > target:
+            break
+    if place <= start + 1:
+        raise UserError(f"too short a text to hold out {val_fraction:.3g} of it for validation")
+    n_train, n_val = place - start, 1 + stop - place
+    train = whole.model_copy(update={"tokens": n_train, "bytes": train_bytes, "longest_document": n_train})
+    val = Split(documents=1, tokens=n_val, bytes=whole.bytes - train_bytes, longest_document=n_val, shards=[])
+    return {"train": lambda: [(start, place)], "val": lambda: [(start, start + 1), (place, stop)]}, {"train": train, "val": val}

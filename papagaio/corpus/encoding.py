@@ -1,0 +1,147 @@
+"""Encodes the tasks of a plan into pieces, in several processes.
+
+A piece is two files: the tokens of a task, and an index with an entry for each document (or for each leaf of a document that
+several workers share). The index is written last and makes the piece complete. Pieces do not depend on each other: in whatever
+order they are made, and however often that is interrupted, the shards made from them are the same, byte for byte.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from papagaio.corpus.dataset import token_dtype
+from papagaio.corpus.plan import Task
+from papagaio.corpus.reading import leaves, read
+from papagaio.corpus.spans import ReadingOptions, Span
+from papagaio.corpus.split import TextHash, text_hash
+from papagaio.corpus.text import blocks_of
+from papagaio.corpus.workers import in_parallel
+from papagaio.errors import MachineError, UserError
+from papagaio.files import sync_and_close
+from papagaio.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, text_chunks
+
+INDEX = np.dtype([("digest", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("first", "?"), ("last", "?")])
+
+_tokenizers: dict[Path, Tokenizer] = {}  # by directory; a forked worker inherits that of its parent
+
+
+def encode(
+    work: Path,
+    tasks: list[Task],
+    numbers: Sequence[int],
+    tokenizer: Tokenizer,
+    config: ReadingOptions,
+    workers: int,
+    val_fraction: float,
+) -> None:
+    """Make the pieces of the tasks with these numbers that are not in the work directory yet."""
+    missing = [number for number in numbers if not piece_paths(work, number)[1].exists()]
+    if len(missing) < len(numbers):
+        print(f"{len(numbers) - len(missing):,} of {len(numbers):,} pieces are there already", file=sys.stderr)
+    check_disk(work, [tasks[number] for number in missing], tokenizer, config, val_fraction)
+    _tokenizers[work] = tokenizer
+    jobs = [(encode_task, work, number, tasks[number], config) for number in missing]
+    for _ in in_parallel(jobs, workers, [sum(span.size for span in tasks[number]) for number in missing]):
+        pass
+
+
+def encode_task(work: Path, number: int, task: Task, config: ReadingOptions) -> None:
+    """Make one piece. Runs in a worker, which loads the tokenizer if it was not forked."""
+    if work not in _tokenizers:
+        _tokenizers[work] = load_tokenizer(work / "tokenizer")
+    piece = PieceWriter(work, number, _tokenizers[work])
+    for span in task:
+        piece.add(span, config)
+    piece.finish()
+
+
+def check_disk(work: Path, tasks: list[Task], tokenizer: Tokenizer, config: ReadingOptions, val_fraction: float) -> None:
+    """Raises MachineError if the disk has less room than the shards will take, estimated from the first text."""
+    beginning = next((fragment.text[: 2**18] for task in tasks for span in task for fragment in read(span, config)), "")
+    try:
+        per_byte = len(tokenizer.encode_array(beginning)) / max(1, len(beginning.encode()))
+    except UserError:  # a worker will find it and name its place
+        return
+    n_bytes = sum(span.size * (4 if span.path.lower().endswith((".gz", ".zst")) else 1) for task in tasks for span in task)
+    # Pieces are deleted while they are copied to train shards; the val shards are written while all pieces exist.
+    needed = n_bytes * per_byte * token_dtype(tokenizer).itemsize * (1.1 + val_fraction)
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise MachineError(f"{work.parent}: about {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free")
+
+
+def piece_paths(work: Path, number: int) -> tuple[Path, Path]:
+    """The files of a piece: tokens, and index."""
+    return work / "pieces" / f"{number:06d}.tokens", work / "pieces" / f"{number:06d}.npy"
+
+
+class PieceWriter:
+    """Encodes spans into a piece, with a few megabytes in memory at a time."""
+
+    def __init__(self, work: Path, number: int, tokenizer: Tokenizer) -> None:
+        self.tokens_path, self.index_path = piece_paths(work, number)
+        self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer)
+        self.start = np.array([tokenizer.special[END_OF_TEXT]], self.dtype).tobytes()
+        self.index: list[tuple[int, int, int, bool, bool]] = []
+        self.file = self.tokens_path.with_suffix(".tmp").open("wb")
+
+    def add(self, span: Span, config: ReadingOptions) -> None:
+        """Encode the documents of a span. Raises UserError with the place of a text that cannot be read or encoded."""
+        self.path = span.path
+        inside_document = leaves(span, config)
+        for leaf in inside_document:
+            fragments = list(read(leaf, config))
+            self._begin(fragments[0].first)
+            self._encode("".join(fragment.text for fragment in fragments))
+            self._end(fragments[-1].last, text_hash(b"".join(blocks_of(leaf.path, leaf.start, leaf.stop))))
+        for text, first, last in [] if inside_document else read(span, config):
+            if first:
+                self._begin(first=True)
+            self._encode(text)
+            if last:
+                self._end(last=True)
+
+    def _begin(self, first: bool) -> None:
+        self.first, self.offset, self.blank = first, self.file.tell(), True
+        self.hash, self.n_bytes, self.rest = TextHash(), 0, ""
+        if first:
+            self.file.write(self.start)
+
+    def _encode(self, text: str) -> None:
+        """Encode all complete chunks of the text so far; the last chunk may grow with the text that follows."""
+        data = text.encode()
+        self.hash.update(data)
+        self.n_bytes += len(data)
+        self.blank = self.blank and not text.strip()
+        *complete, self.rest = text_chunks(self.rest + text) or [""]
+        for chunk in complete:
+            self._write(chunk)
+
+    def _end(self, last: bool, leaf_hash: int | None = None) -> None:
+        self._write(self.rest)
+        n_tokens = (self.file.tell() - self.offset) // self.dtype.itemsize
+        if self.blank and self.first and last:  # an empty document gets no tokens
+            n_tokens = 0
+            self.file.seek(self.offset)
+            self.file.truncate()
+        digest = self.hash.value() if leaf_hash is None else leaf_hash
+        self.index.append((digest, self.n_bytes, n_tokens, self.first, last))
+
+    def _write(self, text: str) -> None:
+        try:
+            ids = self.tokenizer.encode_array(text)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        assert ids.size == 0 or int(ids.max()) < self.tokenizer.vocab_size, "a token id would wrap"
+        self.file.write(ids.astype(self.dtype).tobytes())
+
+    def finish(self) -> None:
+        sync_and_close(self.file)
+        Path(self.file.name).rename(self.tokens_path)
+        with self.index_path.with_suffix(".tmp").open("wb") as file:
+            np.save(file, np.array(self.index, INDEX), allow_pickle=False)
+            sync_and_close(file)
+        self.index_path.with_suffix(".tmp").rename(self.index_path)
