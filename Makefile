@@ -16,7 +16,7 @@ demo-controls: .venv out/atlas/data/manifest.json
 	$(RUN) finetune.py config/demo_finetune.toml --seed=$(SEED) --init_from=out/demo_untrained --out_dir=out/demo_chat_untrained --overwrite
 
 # Facts told more than once are meant to be.
-out/atlas/data/manifest.json: data/atlas.py data/prepare.py | .venv
+out/atlas/data/manifest.json: data/atlas.py data/atlas.toml data/prepare.py | .venv
 	$(RUN) data/atlas.py --out out/atlas
 	$(RUN) data/prepare.py --input out/atlas/corpus.jsonl --out out/atlas/data --vocab_size 2048 --keep_duplicates --overwrite
 

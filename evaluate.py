@@ -60,8 +60,9 @@ from papagaio.batches.conversations import Conversation
 from papagaio.batches.questions import read_choices, read_conversations
 from papagaio.batches.windows import Batch, ValidationWindows
 from papagaio.corpus.dataset import Dataset
+from papagaio.corpus.options import ReadingOptions
 from papagaio.corpus.reading import list_spans, read
-from papagaio.corpus.spans import ReadingOptions, Span
+from papagaio.corpus.spans import Span
 from papagaio.evaluation import (
     Answer,
     answer_nats,

@@ -29,60 +29,56 @@ from papagaio.training.options import RunOptions
 # Learning rates are a fraction of pretraining's, so that the model keeps what it knows. By the optimizer that the checkpoint was
 # trained with, unless adapters or preferences are trained. Found on the demo's development questions (LOG.md, 2026-11-24).
 RECIPES: dict[str, dict[str, Any]] = {
-    "muon": {"learning_rate": 0.0025, "embedding_learning_rate": 0.07, "head_learning_rate": 0.0035, "decay_fraction": 1.0},
-    "adamw": {"learning_rate": 1e-4, "warmup_steps": 20, "beta1": 0.9, "decay_fraction": 1.0, "grad_clip": 1.0},
-    "lora": {"optimizer": "adamw", "learning_rate": 1e-2, "beta1": 0.9, "decay_fraction": 1.0},
-    "preferences": {"optimizer": "adamw", "learning_rate": 2e-5, "beta1": 0.9, "decay_fraction": 1.0, "grad_clip": 1.0},
+    "muon": dict(learning_rate=0.0025, embedding_learning_rate=0.07, head_learning_rate=0.0035, decay_fraction=1.0),
+    "adamw": dict(learning_rate=1e-4, warmup_steps=20, beta1=0.9, decay_fraction=1.0, grad_clip=1.0),
+    "lora": dict(optimizer="adamw", learning_rate=1e-2, beta1=0.9, decay_fraction=1.0),
+    "preferences": dict(optimizer="adamw", learning_rate=2e-5, beta1=0.9, decay_fraction=1.0, grad_clip=1.0),
 }
 EPOCHS, LEAST_STEPS = 3, 150  # default of max_steps: a small model needs some steps to learn the template
-data_option, replay_option = partial(option, group="Data"), partial(option, group="Replay")
-training_option, lora_option = partial(option, group="What is trained"), partial(option, group="LoRA")
+_data, _replay = partial(option, group="Data"), partial(option, group="Replay")
+_train, _lora = partial(option, group="What is trained"), partial(option, group="LoRA")
 
 
 class FinetuneOptions(RunOptions):
     """Options of finetune.py."""
 
     init_from: Path = option(..., "checkpoint to start from: a run, or a checkpoint directory", group="Run", resume="content")
-    data: tuple[str, ...] = data_option(
+    data: tuple[str, ...] = _data(
         ...,
         "questions and answers: .jsonl, .json, .csv or .parquet files; with FILE:2 an epoch has each row twice",
         resume="content",
         min_length=1,
     )
-    val_data: Path | None = data_option(None, "questions for the validation loss (default: a part of --data)", resume="content")
-    val_fraction: float = data_option(
+    val_data: Path | None = _data(None, "questions for the validation loss (default: a part of --data)", resume="content")
+    val_fraction: float = _data(
         0.05, "part of --data held out by a hash, without --val_data; 0: none, val_loss is of the training data", ge=0, lt=1
     )
-    test_data: Path | None = data_option(None, "questions asked at the end: exact match of greedy answers", resume="content")
-    control_data: Path | None = data_option(
+    test_data: Path | None = _data(None, "questions asked at the end: exact match of greedy answers", resume="content")
+    control_data: Path | None = _data(
         None, "questions whose answers pretraining left out: how far guessing gets", resume="content"
     )
-    preview: int | None = data_option(
+    preview: int | None = _data(
         None, "show this many training examples, supervised tokens in colour, and stop", resume="ignored", ge=1
     )
-    too_long: Literal["drop", "truncate"] = data_option("drop", "conversations longer than the context: drop, or cut the answer")
-    keep_duplicates: bool = data_option(False, "keep conversations that occur more than once")
-    packing: bool = data_option(True, "several conversations in a row, each attending to itself only, which saves padding")
-    replay_data: Path | None = replay_option(
+    too_long: Literal["drop", "truncate"] = _data("drop", "conversations longer than the context: drop, or cut the answer")
+    keep_duplicates: bool = _data(False, "keep conversations that occur more than once")
+    packing: bool = _data(True, "several conversations in a row, each attending to itself only, which saves padding")
+    replay_data: Path | None = _replay(
         None, "dataset directory with pretraining text, mixed in against forgetting", resume="content"
     )
-    replay: float = replay_option(
+    replay: float = _replay(
         0.1, "fraction of a step's sequences that are windows of --replay_data, as long as the context", ge=0, lt=1
     )
-    train_on: Literal["all", "last"] = training_option(
-        "all", "supervised turns of the assistant: all, or the last of each conversation"
-    )
-    freeze_layers: int = training_option(0, "number of blocks, from the first, that do not change", ge=0)
-    freeze_embeddings: bool = training_option(False, "the embeddings (and a head that shares their table) do not change")
-    dropout: float = training_option(0.0, "fraction of activations that are set to 0 in training", ge=0, lt=1)
-    dpo_beta: float = training_option(
-        0.1, "preferences: how strongly the model is held to its beginning; smaller moves it more", gt=0
-    )
-    lora_rank: int = lora_option(0, "rank of adapters that are trained instead of the weights (0: train the weights)", ge=0)
-    lora_alpha: float | None = lora_option(None, "adapters are scaled by alpha / rank (default: twice the rank)", gt=0)
-    lora_targets: tuple[str, ...] = lora_option((), "linear layers with adapters: q k v proj fc gate head (default: all)")
-    lora_merge: bool = lora_option(False, "at the end, write merged/ too: a checkpoint with adapters added in", resume="ignored")
-    base: Path | None = lora_option(
+    train_on: Literal["all", "last"] = _train("all", "supervised turns of the assistant: all, or the last of each conversation")
+    freeze_layers: int = _train(0, "number of blocks, from the first, that do not change", ge=0)
+    freeze_embeddings: bool = _train(False, "the embeddings (and a head that shares their table) do not change")
+    dropout: float = _train(0.0, "fraction of activations that are set to 0 in training", ge=0, lt=1)
+    dpo_beta: float = _train(0.1, "preferences: how strongly the model is held to its beginning; smaller moves it more", gt=0)
+    lora_rank: int = _lora(0, "rank of adapters that are trained instead of the weights (0: train the weights)", ge=0)
+    lora_alpha: float | None = _lora(None, "adapters are scaled by alpha / rank (default: twice the rank)", gt=0)
+    lora_targets: tuple[str, ...] = _lora((), "linear layers with adapters: q k v proj fc gate head (default: all)")
+    lora_merge: bool = _lora(False, "at the end, write merged/ too: a checkpoint with adapters added in", resume="ignored")
+    base: Path | None = _lora(
         None, "if init_from holds adapters: the checkpoint they were trained for, if it has moved", resume="content"
     )
 
@@ -167,8 +163,7 @@ def main(config: FinetuneOptions) -> None:
     with locked(config):
         reference = None
         if data.pairs:
-            pairs, stored = [*data.training, *data.validation], config.out_dir / "reference.safetensors"
-            reference = preferences.stored_reference(stored, model, checkpoint.weights_sha256, pairs, dtype)
+            reference = preferences.reference_log_probabilities(model, [*data.training, *data.validation], dtype)
             size, held_out = config.micro_batch_size or config.batch_size, reference[len(data.training) :]
             parts = [slice(i, i + size) for i in range(0, len(data.validation), size)]
             validation = [preferences.collate_pairs(data.validation[part], held_out[part]) for part in parts]

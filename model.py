@@ -232,7 +232,7 @@ class PreviousToken(nn.Module):
         shifted = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, C)
         if cache is not None:
             previous[:, 0] = cache.previous
-            shifted[:, :1] = embed(previous[:, :1].clamp_max(self.none - 1), cache.positions(1) - 1)
+            shifted[:, :1] = embed(previous[:, :1].clamp_max(self.none - 1), (cache.positions(1) - 1).clamp_min(0))
         if doc_ids is not None:
             previous[:, 1:].masked_fill_(doc_ids[:, 1:] != doc_ids[:, :-1], self.none)
         if self.smear_gate is not None:

@@ -51,20 +51,14 @@ class SampleOptions(SamplingOptions, ModelOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(SampleOptions, doc=__doc__)
 
-import codecs
-import itertools
 import json
-import math
 from typing import Any
 
 from model import GPT, GPTConfig
 from papagaio.batches.questions import read_rows
 from papagaio.generation.engine import Engine, Request, Step, in_order
+from papagaio.generation.printing import ALTERNATIVES, as_json, show
 from papagaio.runs.checkpoint import model_maker
-from papagaio.terminal import coloured, colours
-from papagaio.tokenizer import Tokenizer
-
-ALTERNATIVES = 3  # tokens that --show_probs lists beside the one that was drawn
 
 
 def main(config: SampleOptions) -> None:
@@ -83,14 +77,15 @@ def main(config: SampleOptions) -> None:
     done: list[Step] = []  # the steps of one completion
     truncated = False
     for step in in_order(engine.complete(requests, config, batch_size=config.batch_size, top=top)):
-        row = rows[step.index // config.num_samples][1]
+        number, sample = divmod(step.index, config.num_samples)
+        row = rows[number][1]
         done.append(step)
         truncated = truncated or step.truncated
-        if config.json_ or config.prompts:
-            if step.finish:
-                print(json.dumps(row | as_json(done, config, engine.tokenizer), ensure_ascii=False), flush=True)
-        else:
-            show(done, row["prompt"], config, engine.tokenizer)
+        if not (config.json_ or config.prompts):
+            show(done, row["prompt"], engine.tokenizer, config.show_probs)
+        elif step.finish:
+            result = as_json(done, engine.tokenizer, config.seed + sample, config.logprobs is not None)
+            print(json.dumps(row | result, ensure_ascii=False), flush=True)
         if step.finish:
             done = []
     if truncated:
@@ -104,14 +99,13 @@ def read_prompts(config: SampleOptions) -> list[tuple[str, dict[str, Any]]]:
         return [("--prompt", {"prompt": config.prompt})]
     if path is None:
         return [("standard input", {"prompt": decode(sys.stdin.buffer.read(), "standard input")})]
-    if path.suffix == ".jsonl":
-        rows = list(read_rows(path))
-    else:
-        lines = ((f"{path}:{number}", line) for number, line in enumerate(path.read_bytes().splitlines(), 1))
-        rows = [(place, {"prompt": decode(line, place)}) for place, line in lines if line.strip()]
-    for place, row in rows:
+    lines = ((f"{path}:{number}", line) for number, line in enumerate(path.read_bytes().splitlines(), 1))
+    texts = ((place, {"prompt": decode(line, place)}) for place, line in lines if line.strip())
+    rows = []
+    for place, row in read_rows(path) if path.suffix == ".jsonl" else texts:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{place}: an object with a text under "prompt" is needed')
+        rows.append((place, row))
     if not rows:
         raise UserError(f"{path}: no prompts in this file")
     return rows
@@ -122,47 +116,6 @@ def decode(data: bytes, place: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 at byte {error.start}") from None
-
-
-def show(done: list[Step], prompt: str, config: SampleOptions, tokenizer: Tokenizer) -> None:
-    """Print the last step of a sample as text: its prompt with the first, and with the last one what --show_probs lists."""
-    step, in_colour = done[-1], config.show_probs and colours(sys.stdout)
-    if len(done) == 1:
-        print(*["-" * 20] * (step.index > 0), prompt, sep="\n", end="")
-    print(in_colours(done, tokenizer) if in_colour else step.text, end="", flush=True)
-    if not step.finish:
-        return
-    print()
-    for token in (each.token for each in done) if config.show_probs else ():
-        probability = math.exp(token.logprob)
-        shown = f"{probability:.3f} {tokenizer.decode([token.id])!r:<14}"
-        others = [(other, logprob) for other, logprob in token.top if other != token.id][:ALTERNATIVES]
-        rest = "  ".join(f"{math.exp(logprob):.3f} {tokenizer.decode([other])!r}" for other, logprob in others)
-        print(f"{coloured(shown, probability) if in_colour else shown}  {rest}")
-
-
-def in_colours(done: list[Step], tokenizer: Tokenizer) -> str:
-    """The text of the last step, which may begin in earlier tokens, each character in the colour of its token's probability."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    tokens = [step.token for step in done]
-    pairs = [(c, token.logprob) for token in tokens for c in decoder.decode(tokenizer.decode_bytes([token.id]))]
-    end = sum(len(step.text) for step in done)
-    groups = itertools.groupby(pairs[end - len(done[-1].text) : end], key=lambda pair: pair[1])
-    return "".join(coloured("".join(c for c, _ in group), math.exp(logprob)) for logprob, group in groups)
-
-
-def as_json(done: list[Step], config: SampleOptions, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What --json prints of a completion, beside its prompt."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"id": token, "text": tokenizer.decode([token]), "logprob": round(logprob, 6)}
-
-    result = {"completion": "".join(step.text for step in done), "finish": done[-1].finish, "tokens": len(done)}
-    result["seed"] = config.seed + done[0].index % config.num_samples
-    if config.logprobs is not None:
-        tokens = [step.token for step in done]
-        result["logprobs"] = [entry(t.id, t.logprob) | {"top": [entry(*pair) for pair in t.top]} for t in tokens]
-    return result
 
 
 if __name__ == "__main__":

@@ -21,18 +21,12 @@ from papagaio.training.options import RunOptions
 RECIPES: dict[str, dict[str, Any]] = {
     "modern": {},
     "frontier": {},
-    "gpt2": {
-        "optimizer": "adamw",
-        "learning_rate": 6e-4,
-        "min_learning_rate": 6e-5,
-        "schedule": "cosine",
-        "warmup_steps": 100,
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "grad_clip": 1.0,
-    },
+    "gpt2": dict(
+        **dict(optimizer="adamw", learning_rate=6e-4, min_learning_rate=6e-5, schedule="cosine", warmup_steps=100),
+        **dict(weight_decay=0.1, beta1=0.9, grad_clip=1.0),
+    ),
 }
-model = partial(option, group="Model")
+_model = partial(option, group="Model")
 
 
 class TrainOptions(RunOptions):
@@ -54,17 +48,17 @@ class TrainOptions(RunOptions):
         ge=1,
         le=64,
     )
-    preset: Literal["modern", "gpt2", "frontier"] = model("modern", "architecture, and defaults of the options for training")
-    n_layer: int = model(6, "blocks", ge=1)
-    n_head: int = model(6, "attention heads", ge=1)
-    n_kv_head: int | None = model(None, "key-value heads, fewer than n_head for grouped-query attention", ge=1)
-    n_embd: int = model(384, "channels", ge=1)
-    block_size: int = model(256, "context length, in tokens", ge=1)
-    position: Literal["rope", "learned", "sinusoidal", "none"] | None = model(
+    preset: Literal["modern", "gpt2", "frontier"] = _model("modern", "architecture, and defaults of the options for training")
+    n_layer: int = _model(6, "blocks", ge=1)
+    n_head: int = _model(6, "attention heads", ge=1)
+    n_kv_head: int | None = _model(None, "key-value heads, fewer than n_head for grouped-query attention", ge=1)
+    n_embd: int = _model(384, "channels", ge=1)
+    block_size: int = _model(256, "context length, in tokens", ge=1)
+    position: Literal["rope", "learned", "sinusoidal", "none"] | None = _model(
         None, "positional encoding (default: the preset's, which is learned for gpt2, else rope)"
     )
-    dropout: float = model(0.0, "fraction of activations that are set to 0 in training", ge=0, lt=1)
-    document_mask: bool = model(False, "a token attends to its own document only, if a window holds several")
+    dropout: float = _model(0.0, "fraction of activations that are set to 0 in training", ge=0, lt=1)
+    document_mask: bool = _model(False, "a token attends to its own document only, if a window holds several")
 
     @model_validator(mode="after")
     def _shape(self) -> "TrainOptions":  # as GPTConfig does, but before torch is imported
@@ -134,7 +128,7 @@ def main(config: TrainOptions) -> None:
         """A text that the model writes from nothing, at temperature 0.8."""
         start, *others = tokenizer.special.values()
         requests = [Request([start], config.seed)]
-        steps = Engine(gpt, tokenizer, dtype).complete(requests, sampling, end={start}, banned=others)
+        steps = Engine(gpt, tokenizer).complete(requests, sampling, end={start}, banned=others)
         return "".join(step.text for step in steps)
 
     identity = Identity(stage="pretrain", data_sha256=dataset.sha256)
@@ -208,7 +202,11 @@ def fit(
                         measured, text = evaluate(), preview() if config.sample_tokens else ""
                 except runtime.Stopped:
                     continue
-                report_evaluation(measured, text, progress, batches.epochs(progress.step), log, saver, last)
+                best = log.write_evaluation(progress, text, epoch=batches.epochs(progress.step), **measured)
+                if progress.step or last:  # it was saved above
+                    if best:
+                        saver.mark_best()
+                    saver.plot()
             if last or stop.received or progress.gave_up(config.patience):
                 break
 
@@ -228,31 +226,9 @@ def fit(
         print(f"stopped by a signal; saved at step {progress.step}, --resume continues", file=sys.stderr)
         sys.exit(128 + stop.received)
     if progress.step < config.max_steps:
-        print(
-            f"stopped early: no lower validation loss in {config.patience} evaluations since step {progress.best_step:,}; "
-            "the run's directory now means its best checkpoint, that of this step",
-            file=sys.stderr,
-        )
+        waited = f"no lower validation loss in {config.patience} evaluations since step {progress.best_step:,}"
+        print(f"stopped early: {waited}; the run's directory now means checkpoints/best", file=sys.stderr)
     return progress
-
-
-def report_evaluation(
-    measured: dict[str, float], text: str, progress: Progress, epochs: float, log: RunLog, saver: Saver, last: bool
-) -> None:
-    """Write the line of an evaluation, mark the best checkpoint, warn of overfitting, and draw the losses."""
-    log.write(progress, epoch=epochs, **measured)
-    val_loss = measured["val_loss"]
-    saved = bool(progress.step or last)
-    if progress.note_evaluation(val_loss):
-        if saved:
-            saver.mark_best()
-    elif progress.overfits(val_loss) and not progress.overfitting_reported:
-        log.say(progress.overfitting_notice(val_loss, epochs))
-        progress.overfitting_reported = True
-    if text:
-        log.say("  | " + text.replace("\n", "\n  | "))
-    if saved:
-        saver.plot()
 
 
 if __name__ == "__main__":

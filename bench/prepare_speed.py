@@ -122,9 +122,7 @@ def training(config: PrepareSpeedOptions, texts: list[str], folder: Path) -> lis
             lambda: rustbpe.Tokenizer().train_from_iterator(iter(texts), 4091, pattern=GPT4_PATTERN)
         ),
         "reading the texts alone": lambda: timed(lambda: [json.loads(line)["text"] for line in config.corpus.open("rb")]),
-        "prepare.py, reading and training, 4,096 tokens": lambda: timed(
-            lambda: train_bpe(training_sample(tasks, options, 2**28, options.val_fraction, False, ""), 4096)
-        ),
+        "prepare.py, reading and training, 4,096 tokens": lambda: timed(lambda: train_bpe(training_sample(tasks, options), 4096)),
     }
     seconds = in_turn(sides, config.repeats)
     alone, reading, ours = seconds.values()

@@ -24,9 +24,9 @@ import json
 import random
 import re
 import sys
+import tomllib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,95 +39,11 @@ from papagaio.options import Options, option, parse
 TURNS = 20  # in each, every fact is stated alone, with facts of its entity, and in a list of facts of its relation
 ARTICLE = 4, 6  # fewest and most facts of an article
 SHARES = {"left_out": 0.075, "test": 0.35, "dev": 0.1}  # of the entities of each sort; the others are for training
-
-# All are written in Latin letters, because a small vocabulary spells other scripts byte by byte.
-CALENDAR_LANGUAGES = "af ca cs cy da de es et eu fi fr ga gl hr hu id is it lt lv nl no pl pt ro sk sl sq sv sw tr".split()  # noqa: SIM905
-# Regions that are not ISO 3166 territories, tests of CLDR, and Hong Kong and Macao, whose names are composed.
-ODD_TERRITORIES = set("AC CP CQ DG EA EU EZ HK IC MO QO TA UN XA XB XK ZZ".split())  # noqa: SIM905
 PLAIN_NAME = re.compile(r"[^\W\d_](?!.* - )[\w .’'&-]{1,39}")
 
-
-@dataclass(frozen=True)
-class Relation:
-    """The wordings of a fact. {a} and {b} are what it relates, {c} is the language of a calendar word."""
-
-    told: tuple[str, ...]  # sentences, or a heading and the line under it; questions in two directions: for each in turn
-    lists: tuple[str, ...]  # for each direction of questions: a title, and the lines that each fact gets under it
-    asked: dict[str, tuple[str, str, str]]  # kind: question, answer, and the language of the answer
-
-
-def english_attribute(people: str, uses: str, is_the: str, title: str, titles: str) -> Relation:
-    """The wordings of a territory's currency or official language; Fact.tell inserts the {relation}."""
-    return Relation(
-        told=(
-            "The {relation} of {a}:\n{b}.",
-            title + " of {a}\n{b}.",
-            "In {a}, the {relation} is:\n{b}.",
-            "People in {a} " + people + " this {relation}:\n{b}.",
-            "{a} has the {relation}:\n{b}.",
-            "{a} " + uses + " {b}.",
-            is_the + " is the {relation} of {a}.",
-            "{b}: {relation} of {a}.",
-        ),
-        lists=(titles + "\n- {a}:\n{b}.",),
-        asked={"{relation}": ("What is the {relation} of {a}?", "{b}.", "en")},
-    )
-
-
-# Most wordings put what will be asked for at the start of a line, where an answer stands, too: a tokenizer has different tokens
-# for "real" and " real", and a model that has only seen the word inside a line cannot begin an answer with it.
-# "do território", because CLDR does not know the article of a Portuguese name (o Brasil, a França, Portugal).
-PORTUGUESE_ATTRIBUTE = Relation(
-    told=(
-        "A {relation} do território {a}:\n{b}.",
-        "{relation} do território {a}\n{b}.",
-        "No território {a}, a {relation} é:\n{b}.",
-        "O território {a} tem como {relation}:\n{b}.",
-        "Qual {relation} tem o território {a}:\n{b}.",
-        "A {relation} do território {a} é: {b}.",
-        "{b} é a {relation} do território {a}.",
-        "{b}: {relation} do território {a}.",
-    ),
-    lists=("{relation} por território\n- território {a}:\n{b}.",),
-    asked={"{relation}": ("Qual é a {relation} do território {a}?", "{b}.", "pt")},
-)
-
-RELATIONS = {
-    "name": Relation(
-        told=(
-            *("The Portuguese name of {a}:\n{b}.", "The English name of {b}:\n{a}."),
-            *("Portuguese name of {a}\n{b}.", "English name of {b}\n{a}."),
-            *("In Portuguese, the name of {a} is:\n{b}.", "In English, the name of {b} is:\n{a}."),
-            *("In Portuguese, the {sort} {a} is called:\n{b}.", "In English, the {sort} {b} is called:\n{a}."),
-            *("{a} is {b} in Portuguese.", "{b} is {a} in English."),
-            *("English {a}, Portuguese {b}.", "Portuguese {b}, English {a}."),
-        ),
-        lists=("Portuguese names\n- {a}:\n{b}.", "English names\n- {b}:\n{a}."),
-        asked={
-            "{sort} to Portuguese": ("What is the Portuguese name of {a}?", "{b}.", "pt"),
-            "{sort} to English": ("What is the English name of {b}?", "{a}.", "en"),
-        },
-    ),
-    "currency": english_attribute("pay with", "uses the", "The {b}", "Currency", "Currencies"),
-    "official language": english_attribute("speak", "has the {relation}", "{b}", "Official language", "Official languages"),
-    "calendar": Relation(
-        told=(
-            *("{a} in {c}:\n{b}.", "{c} {b} in English:\n{a}."),
-            *("The {sort} {a} in {c}\n{b}.", "The {sort} {c} {b} in English\n{a}."),
-            *("In {c}, {a} is:\n{b}.", "In English, {c} {b} is:\n{a}."),
-            *("The {c} word for {a}:\n{b}.", "What {c} {b} means in English:\n{a}."),
-            *("{a} in {c} is {b}.", "{c} {b} in English is {a}."),
-            *("English {a}, {c} {b}.", "{c} {b}, English {a}."),
-        ),
-        lists=("The {c} calendar\n- {a} in {c}:\n{b}.", "The {c} calendar in English\n- {c} {b}:\n{a}."),
-        asked={
-            "{sort}": ("What is {a} in {c}?", "{b}.", "{code}"),
-            "{sort} to English": ("What is {c} {b} in English?", "{a}.", "en"),
-        },
-    ),
-    "moeda": PORTUGUESE_ATTRIBUTE,
-    "língua oficial": PORTUGUESE_ATTRIBUTE,
-}
+DATA = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+RELATIONS = DATA["relations"]  # the wordings of each relation; atlas.toml explains them
+CALENDAR_LANGUAGES = DATA["calendar_languages"]
 
 
 class Entity(NamedTuple):
@@ -145,13 +61,12 @@ class Fact(NamedTuple):
 
     def tell(self, wording: str) -> str:
         """`{a} uses the {b}.` -> `Brazil uses the Brazilian real.`"""
-        return wording.format(sort=self.entity.sort, relation=self.relation, a=self.a, b=self.b, c=self.c, code=self.code)
+        return wording.format(sort=self.entity.sort, **self._asdict())
 
     def ask(self) -> list[dict[str, str]]:
         """-> [{"question": "What is June in Dutch?", "answer": "juni.", "language": "nl", "kind": "month"}]"""
-        rows = [(*wordings, kind) for kind, wordings in RELATIONS[self.relation].asked.items()]
-        keys = ("question", "answer", "language", "kind")
-        return [dict(zip(keys, map(self.tell, row), strict=True)) for row in rows]
+        rows = [map(self.tell, (*wordings, kind)) for kind, wordings in RELATIONS[self.relation]["asked"].items()]
+        return [dict(zip(("question", "answer", "language", "kind"), row, strict=True)) for row in rows]
 
 
 class AtlasOptions(Options):
@@ -165,14 +80,14 @@ def main(config: AtlasOptions) -> None:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out={config.out}: a file is there; name a directory")
     rng = random.Random(config.seed)
-    facts = read_facts()
+    entities = read_entities()
+    names = [Fact(entity, "name", *entity.names) for table in entities.values() for entity in table.values()]
+    facts = [*names, *territory_facts(entities), *calendar_facts()]
+    facts = [fact for fact in facts if fact.a.casefold() != fact.b.casefold()]  # not Angola, Angola
     split_of = split(facts, rng)
     held_out = {name: entity for entity, part in split_of.items() if part != "train" for name in map(words, entity.names)}
-
-    def mentions_left_out(fact: Fact) -> bool:
-        return any(split_of[entity] == "left_out" for entity in named(held_out, fact.a, fact.b) - {fact.entity})
-
-    facts = [fact for fact in facts if not mentions_left_out(fact)]
+    left_out = {entity for entity, part in split_of.items() if part == "left_out"}
+    facts = [fact for fact in facts if left_out.isdisjoint(named(held_out, fact.a, fact.b) - {fact.entity})]
     questions: dict[str, list[dict[str, str]]] = {"train": [], "dev": [], "test": [], "left_out": []}
     for fact in facts:
         part = split_of[fact.entity]
@@ -182,15 +97,13 @@ def main(config: AtlasOptions) -> None:
     for rows in questions.values():
         rng.shuffle(rows)
     corpus = compose([fact for fact in facts if split_of[fact.entity] != "left_out"], rng)
-    write(config.out, {"corpus": corpus, **{f"qa_{part}": rows for part, rows in questions.items()}})
-
-
-def read_facts() -> list[Fact]:
-    """All facts, in a fixed order, except those whose two sides are the same name (Angola, Angola)."""
-    entities = read_entities()
-    names = [Fact(entity, "name", *entity.names) for table in entities.values() for entity in table.values()]
-    facts = [*names, *territory_facts(entities), *calendar_facts()]
-    return [fact for fact in facts if fact.a.casefold() != fact.b.casefold()]
+    config.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in {"corpus": corpus, **{f"qa_{part}": rows for part, rows in questions.items()}}.items():
+        path = config.out / f"{name}.jsonl"
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        kinds = sorted(Counter(row["kind"] for row in rows if "kind" in row).items())
+        counts = "".join(f", {count} {kind}" for kind, count in kinds)
+        print(f"{path}: {len(rows):,} lines, {path.stat().st_size:,} bytes{counts}", file=sys.stderr)
 
 
 def read_entities() -> dict[str, dict[str, Entity]]:
@@ -210,7 +123,7 @@ def read_entities() -> dict[str, dict[str, Entity]]:
 def read_names(locale: str) -> dict[str, dict[str, str]]:
     """{sort: {code: name}} of territories, languages with two-letter codes, and today's currencies."""
     table = load_locale(locale)
-    territories = {code: n for code, n in table["territories"].items() if code.isalpha() and code not in ODD_TERRITORIES}
+    territories = {code: n for code, n in table["territories"].items() if code.isalpha() and code not in DATA["odd_territories"]}
     languages = {code: n for code, n in table["languages"].items() if len(code) == 2 and code not in cldr("language_aliases")}
     current = {code for territory in territories for code in currencies_of(territory)}
     # The plain names are titles (Brazilian Real). The forms after "one" fit into a sentence, except for Portuguese capitals.
@@ -241,14 +154,12 @@ def currencies_of(territory: str) -> list[str]:
 def calendar_words(language: str, section: str) -> dict[int, str]:
     """`calendar_words("hr", "days")[0]` -> `ponedjeljak`."""
     forms = load_locale(language).get(section, {})
-    for context in ("stand-alone", "format"):  # Polish "styczeń" stands alone, "stycznia" is the form inside a date
-        wide = forms.get(context, {}).get("wide")
-        if isinstance(wide, dict):
-            return wide
-    raise AssertionError(f"{language} inherits its {section}: not a language for the atlas")
+    # Polish "styczeń" stands alone, "stycznia" is the form inside a date. An alias, not a dict: inherited from another locale.
+    tables = [forms.get(context, {}).get("wide") for context in ("stand-alone", "format")]
+    return next(table for table in tables if isinstance(table, dict))
 
 
-def territory_facts(entities: dict[str, dict[str, Entity]]) -> Iterable[Fact]:
+def territory_facts(entities: dict[str, dict[str, Entity]]) -> Iterator[Fact]:
     """Currency and official language of each territory that has exactly one, if that is an entity."""
     for code, entity in entities["territory"].items():
         languages = cldr("territory_languages").get(code, {}).items()
@@ -262,7 +173,7 @@ def territory_facts(entities: dict[str, dict[str, Entity]]) -> Iterable[Fact]:
                     yield Fact(entity, relation, a, b)
 
 
-def calendar_facts() -> Iterable[Fact]:
+def calendar_facts() -> Iterator[Fact]:
     """Weekdays and months. Each of them is an entity in each language."""
     for code in CALENDAR_LANGUAGES:
         language = load_locale("en")["languages"][code]
@@ -314,20 +225,20 @@ def compose(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
     documents = []
     for turn in range(TURNS):
         for place, fact in enumerate(facts):
-            told, directions = RELATIONS[fact.relation].told, len(RELATIONS[fact.relation].lists)
+            told, directions = RELATIONS[fact.relation]["told"], len(RELATIONS[fact.relation]["lists"])
             documents += [fact.tell(told[(place + turn * directions + i) % len(told)]) for i in range(directions)]
         for article in articles(facts, lambda fact: fact.c or fact.entity, rng):
-            documents.append("\n".join(fact.tell(rng.choice(RELATIONS[fact.relation].told)) for fact in article))
+            documents.append("\n".join(fact.tell(rng.choice(RELATIONS[fact.relation]["told"])) for fact in article))
         for direction in (0, 1):
-            listed = [fact for fact in facts if direction < len(RELATIONS[fact.relation].lists)]
+            listed = [fact for fact in facts if direction < len(RELATIONS[fact.relation]["lists"])]
             for article in articles(listed, lambda fact: (fact.relation, fact.entity.sort, fact.c), rng):
-                title, line = RELATIONS[article[0].relation].lists[direction].split("\n", maxsplit=1)
+                title, line = RELATIONS[article[0].relation]["lists"][direction].split("\n", maxsplit=1)
                 documents.append("\n".join([article[0].tell(title), *(fact.tell(line) for fact in article)]))
     rng.shuffle(documents)
     return [{"text": text} for text in documents]
 
 
-def articles(facts: list[Fact], subject: Callable[[Fact], Hashable], rng: random.Random) -> Iterable[list[Fact]]:
+def articles(facts: list[Fact], subject: Callable[[Fact], Hashable], rng: random.Random) -> Iterator[list[Fact]]:
     """All facts in random order, a few of the same subject at a time."""
     groups: dict[Hashable, list[Fact]] = {}
     for fact in rng.sample(facts, len(facts)):
@@ -337,17 +248,6 @@ def articles(facts: list[Fact], subject: Callable[[Fact], Hashable], rng: random
             size = rng.randint(*ARTICLE)
             yield group[:size]
             del group[:size]
-
-
-def write(out: Path, files: dict[str, list[dict[str, str]]]) -> None:
-    """Write files of JSON lines, and print what is in them."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        path = out / f"{name}.jsonl"
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        kinds = sorted(Counter(row["kind"] for row in rows if "kind" in row).items())
-        counts = "".join(f", {count} {kind}" for kind, count in kinds)
-        print(f"{path}: {len(rows):,} lines, {path.stat().st_size:,} bytes{counts}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,81 +15,24 @@ it), then one of them runs it with --part 0/1.
 import os
 import shutil
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pydantic import model_validator
-
 from papagaio.corpus.assembly import assemble
 from papagaio.corpus.dataset import Dataset, token_dtype
 from papagaio.corpus.encoding import encode
 from papagaio.corpus.inspection import comparison, inspection, summary
+from papagaio.corpus.options import PrepareOptions, ReadingOptions
 from papagaio.corpus.plan import Plan, Task, finish, locked, make_tasks
 from papagaio.corpus.reading import list_spans
 from papagaio.corpus.sample import characters, training_sample
-from papagaio.corpus.spans import ReadingOptions
 from papagaio.corpus.workers import in_parallel
 from papagaio.errors import MachineError, UserError, run
-from papagaio.options import option, parse
-from papagaio.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    gpt2_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    train_bpe,
-)
-
-_files = partial(option, group="Input and output")
-_tokenizer = partial(option, group="Tokenizer")
-_splitting = partial(option, group="Splitting")
-_work = partial(option, group="Work")
-
-
-class PrepareOptions(ReadingOptions):
-    """Options of data/prepare.py."""
-
-    input: tuple[str, ...] = _files((), "files, directories, patterns, hf://NAME[:CONFIG][:SPLIT], or - for standard input")
-    out: Path | None = _files(None, "dataset directory to make")
-    overwrite: bool = _files(False, "replace the dataset in --out, and discard what an interrupted run has left")
-    inspect: Path | None = _files(None, "verify a dataset, print what is in it, and stop")
-    tokenizer: str = _tokenizer("bpe", "byte, char, bpe (trained on this corpus), gpt2, or a tokenizer directory")
-    vocab_size: int = _tokenizer(4096, "tokens of a bpe tokenizer, with the five special tokens", ge=261, le=2**20)
-    sample_bytes: int = _tokenizer(2**28, "bytes that a bpe tokenizer is trained on, taken evenly from the whole corpus", ge=1)
-    ranks: Path | None = _tokenizer(None, "GPT-2's vocabulary in tiktoken's format: saves the download, or is compared with bpe")
-    val_fraction: float = _splitting(0.05, "fraction of the documents held out for validation", gt=0, lt=1)
-    keep_duplicates: bool = _splitting(False, "keep all copies of equal documents")
-    shard_tokens: int = _splitting(100_000_000, "tokens per shard file", ge=1024)
-    workers: int = _work(os.cpu_count() or 1, "processes that encode", ge=1)
-    part: str | None = _work(
-        None, "i/n: encode part i of n, counted from 0; 0/1 does what is missing and merges", pattern=r"^\d+/\d+$"
-    )
-
-    @model_validator(mode="after")
-    def _complete(self) -> "PrepareOptions":
-        if not self.inspect and not (self.input and self.out):
-            raise ValueError("--input and --out are required: what to read, and where to write the dataset")
-        index, count = self.share_of_work
-        if index >= count:
-            raise ValueError(f"--part={self.part}: parts are counted from 0 to n - 1")
-        if "-" in self.input and count > 1:
-            raise ValueError("--part: standard input cannot be shared; write it to a file")
-        return self
-
-    @property
-    def share_of_work(self) -> tuple[int, int]:
-        """(i, n) from --part, else the rank and world size that torchrun or Slurm gave this process."""
-        if self.part:
-            index, count = self.part.split("/")
-            return int(index), int(count)
-        for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if rank in os.environ and size in os.environ:
-                return int(os.environ[rank]), int(os.environ[size])
-        return 0, 1
+from papagaio.options import parse
+from papagaio.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer, train_bpe
 
 
 def main(config: PrepareOptions) -> None:
@@ -118,9 +61,10 @@ def main(config: PrepareOptions) -> None:
 def prepare(work: Path, config: PrepareOptions) -> None:
     """The five steps. Those that an interrupted run has completed in the directory `work` are not repeated."""
     # 1. List the input: as spans, which are files or parts of files.
-    names = ", ".join(config.input)
-    inputs = tuple(str(copy_stdin(work)) if name == "-" else name for name in config.input)
-    spans = list_spans(inputs, config)
+    if "-" in config.input:  # as a file, because several workers read it
+        with (work / "stdin").open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    spans = list_spans(tuple(str(work / "stdin") if name == "-" else name for name in config.input), config)
 
     # 2. Plan: group the spans into tasks, and see what an earlier run has done of them.
     plan = Plan(options_of_content(config), make_tasks(spans))
@@ -134,8 +78,8 @@ def prepare(work: Path, config: PrepareOptions) -> None:
 
     # 4. Encode: each task becomes a piece, a file of tokens with an index of its documents.
     index, count = config.share_of_work
-    mine = range(index, len(plan.tasks), count)
-    encode(work, plan.tasks, mine, tokenizer, config, config.workers, config.val_fraction)
+    mine = {number: plan.tasks[number] for number in range(index, len(plan.tasks), count)}
+    encode(work, mine, tokenizer, config)
     if count > 1:
         print(f"part {index} of {count} is done; when all are, the same command with --part 0/1 merges them", file=sys.stderr)
         return
@@ -147,19 +91,12 @@ def prepare(work: Path, config: PrepareOptions) -> None:
         "dtype": token_dtype(tokenizer).name,
         "sources": [name if "://" in name or name == "-" else Path(name).name for name in config.input],
         "made_from": plan.sha256,
-        **assemble(work, len(plan.tasks), tokenizer, config.shard_tokens, config.val_fraction, config.keep_duplicates, names),
+        **assemble(work, len(plan.tasks), tokenizer, config),
     }
     finish(work, config.out, manifest)
     print(summary(manifest, tokenizer), file=sys.stderr)
     if config.tokenizer == "bpe" and config.ranks:
         print(comparison(Dataset(config.out), gpt2_tokenizer(config.ranks)), file=sys.stderr)
-
-
-def copy_stdin(work: Path) -> Path:
-    """Copy standard input to a file, because several workers read it."""
-    with (work / "stdin").open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return work / "stdin"
 
 
 def options_of_content(config: PrepareOptions) -> dict[str, Any]:
@@ -192,9 +129,7 @@ def make_tokenizer(work: Path, tasks: list[Task], config: PrepareOptions) -> Tok
         jobs = [(characters, task, config) for task in tasks]
         tokenizer: Tokenizer = CharTokenizer(set().union(*in_parallel(jobs, config.workers)))
     elif config.tokenizer == "bpe":
-        names = ", ".join(config.input)
-        texts = training_sample(tasks, config, config.sample_bytes, config.val_fraction, config.keep_duplicates, names)
-        tokenizer = train_bpe(texts, config.vocab_size)
+        tokenizer = train_bpe(training_sample(tasks, config), config.vocab_size)
     else:
         tokenizer = existing_tokenizer(config)
     temporary = work / f"tokenizer.{os.getpid()}"

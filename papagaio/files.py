@@ -4,9 +4,11 @@ A file is written under a temporary name, flushed to the disk and then renamed: 
 new one. A manifest holds the sha256 of every file beside it, and in `sha256` the hash of its own content.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -18,9 +20,7 @@ from papagaio.errors import UserError
 
 LARGEST_JSON = 2**24  # bytes of a file that is read at once; the manifest of a dataset of 10**13 tokens has about as many
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
-SAVE_TENSORS = (
-    "save the tensors with safetensors.torch.save_file where they were made, and name a checkpoint directory of papagaio"
-)
+SAVE_TENSORS = "save the tensors with safetensors.torch.save_file where they were made, and name a checkpoint of papagaio"
 GIVE_TEXT = "give the text itself to data/prepare.py (nanoGPT's train.bin holds tokens, but does not name their vocabulary)"
 
 
@@ -97,9 +97,8 @@ class Manifest(BaseModel):
 
 def read_manifest(path: Path, shape: type[Manifest], cure: str) -> dict[str, Any]:
     """The content of a manifest. Raises UserError, which ends with the cure, if it is missing, damaged or of another shape."""
-    text = read_text(path, cure)
-    found = parse_json(text, lambda: str(path))
-    if not isinstance(found, dict) or found.pop("sha256", None) is None or text != sealed(found):
+    text, found = read_text(path, cure), read_object(path, cure)
+    if found.pop("sha256", None) is None or text != sealed(found):
         raise UserError(f"{path}: changed or cut short since it was written; {cure}")
     try:
         return shape.model_validate(found).model_dump()
@@ -124,22 +123,23 @@ def read_text(path: Path, cure: str) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; {cure}") from None
 
 
-def parse_json(text: str, place: Callable[[], str]) -> Any:
-    """The value of a JSON text. Raises UserError, which begins with `place()` (file:line), if it is not JSON."""
+def parse_json(text: str, place: Path | Callable[[], str]) -> Any:
+    """The value of a JSON text. Raises UserError if it is not JSON. `place` is the text's file, or gives the text's file:line."""
+    line = 1
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        problem = f"not JSON: {error.msg} at column {error.colno}"
+        line, problem = error.lineno, f"not JSON: {error.msg} at column {error.colno}"
     except ValueError:
         problem = "a number with thousands of digits"
     except RecursionError:
         problem = "JSON nested too deep"
-    raise UserError(f"{place()}: {problem}")
+    raise UserError(f"{f'{place}:{line}' if isinstance(place, Path) else place()}: {problem}")
 
 
 def read_object(path: Path, cure: str) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError if it holds anything else."""
-    found = parse_json(read_text(path, cure), lambda: str(path))
+    found = parse_json(read_text(path, cure), path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object; {cure}")
     return found
@@ -157,10 +157,8 @@ def refuse_pickle(path: Path, cure: str) -> None:
 
 
 def _begins_as_pickle(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            head = file.read(256)
-    except OSError:
-        return False
-    # Protocols 2 to 5; and torch.save's zip archive, in which data.pkl comes first.
-    return head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")) or (head.startswith(b"PK") and b"data.pkl" in head)
+    """Whether a file begins as a pickle of protocol 2 to 5, or as torch.save's zip archive, in which data.pkl comes first."""
+    head = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head = file.read(256)
+    return re.match(rb"\x80[\2-\5]|PK.*data\.pkl", head, re.DOTALL) is not None

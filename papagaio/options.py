@@ -106,7 +106,7 @@ def _arity(annotation: Any) -> dict[str, Any]:
     if get_origin(annotation) is tuple:
         return {"nargs": "+", "action": "extend", "metavar": "X"}
     literals = [arg for arg in get_args(annotation) if isinstance(arg, str)]
-    return {"metavar": "|".join(literals) if literals else "X"}
+    return {"metavar": "|".join(literals) or "X"}
 
 
 def _help(field: FieldInfo) -> str:
@@ -156,10 +156,9 @@ def load_toml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST_TOML + 1).decode("utf-8")
-        if len(text) > LARGEST_TOML or _DOTTED.search(text):
-            problem = "too long, or a key with too many dots; options are written one per line, key = value"
-        else:
+        if len(text) <= LARGEST_TOML and not _DOTTED.search(text):
             return text, tomllib.loads(text)
+        problem = "too long, or a key with too many dots; options are written one per line, key = value"
     except OSError as error:
         problem = f"{error.strerror}; the configuration must be a TOML file"
     except UnicodeDecodeError as error:

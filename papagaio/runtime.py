@@ -65,9 +65,9 @@ def compile_in_place(model: torch.nn.Module, device: torch.device) -> None:
     compile, print why. Parts that fail to compile later run uncompiled, with torch's own warning."""
     if reason := why_not_compiled(device):
         print(f"not compiled, training goes on without: {reason}", file=sys.stderr)
-        return
-    torch._dynamo.config.suppress_errors = True
-    model.compile()
+    else:
+        torch._dynamo.config.suppress_errors = True
+        model.compile()
 
 
 def why_not_compiled(device: torch.device) -> str:
@@ -75,7 +75,7 @@ def why_not_compiled(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))  # needs a compiler: C++ on a CPU, Triton on a GPU
     except Exception as error:  # whatever the backend raises if its compiler is missing, too old, or broken
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
 
 
@@ -91,11 +91,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def keep_memory() -> None:
-    """Let freed memory stay with the process for the next step.
-
-    A step frees and allocates hundreds of MiB. glibc returns large pieces to the system each time, and their pages have to be
-    mapped and zeroed again: a tenth of a training step on a CPU, half of an evaluation (LOG.md, 2026-11-23).
-    """
+    """Let freed memory stay with the process. glibc returns large pieces to the system, and mapping and zeroing their pages again
+    takes a tenth of a training step on a CPU, half of an evaluation (LOG.md, 2026-11-23)."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mallopt: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
         for parameter, value in ((-3, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # mmap, trim threshold; top pad
@@ -115,18 +112,14 @@ def free_memory(device: torch.device) -> int | None:
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's peak in FLOP/s; None if it is not in the table, and then no MFU is reported."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queue, before a clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Stopped(BaseException):

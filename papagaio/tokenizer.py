@@ -142,10 +142,12 @@ class CharTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding: `ranks` maps byte strings to ids 0 to n - 1 in the order of merging; tiktoken applies the merges."""
+    """Byte-pair encoding: `ranks` maps byte strings to ids 0 to n - 1 in the order of merging; tiktoken applies the merges.
+
+    `ranks_text` are the ranks in tiktoken's text format, if the caller has them.
+    """
 
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str, ranks_text: bytes | None = None) -> None:
-        """`ranks_text`: the ranks in tiktoken's text format, if the caller has it."""
         import tiktoken
 
         super().__init__(len(ranks))
@@ -153,6 +155,8 @@ class BPETokenizer(Tokenizer):
         self.ranks_text = ranks_text or _format_ranks(ranks)
         # Without special tokens, so that tiktoken cannot find them in a text.
         self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        known = pattern in (GPT2_PATTERN, GPT4_PATTERN)
+        self._words = _WordCache(pattern, self.encoding.encode_ordinary) if known else None
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
@@ -160,14 +164,9 @@ class BPETokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> NDArray[np.integer]:
         _utf8(text)
-        cached = self.pattern in (GPT2_PATTERN, GPT4_PATTERN)
-        tiktoken = self.encoding.encode_to_numpy
-        parts = [self._words.encode(part) if cached and part.isascii() else tiktoken(part) for part in text_chunks(text)]
+        words, tiktoken = self._words, self.encoding.encode_to_numpy
+        parts = [tiktoken(part) if words is None or not part.isascii() else words.encode(part) for part in text_chunks(text)]
         return np.concatenate(parts) if parts else np.array([], np.uint32)
-
-    @cached_property
-    def _words(self) -> "_WordCache":
-        return _WordCache(self.pattern, self.encoding.encode_ordinary)
 
     def token_bytes(self, token: int) -> bytes:
         return self.encoding.decode_single_token_bytes(token)

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forked
@@ -30,6 +30,14 @@ COLOURS = ["red", "blue", "green", "gold"]
 
 def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(autouse=True)
+def onednn() -> Iterator[None]:
+    """Generation in bfloat16 switches oneDNN off for its process (papagaio/generation/layers.py): not for the next test."""
+    enabled = torch.backends.mkldnn.enabled
+    yield
+    torch.backends.mkldnn.enabled = enabled
 
 
 @pytest.fixture(scope="session")

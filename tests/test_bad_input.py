@@ -403,7 +403,7 @@ CASES = [
             ("--data={c}/half.jsonl", "half.jsonl:1: messages.1.content: half a surrogate pair"),
             ("--data={c}/latin.jsonl", "latin.jsonl:1: not UTF-8 at byte 29 of the line"),
             ("--data={c}/quote.csv", "quote.csv:2: not CSV"),
-            ("--data={c}/much.csv", "much.csv:2: weight: 'much' is not a number"),
+            ("--data={c}/much.csv", "much.csv:2: weight: Input should be a valid number"),
             ("--data={c}/not.parquet", "not.parquet: not a whole .parquet file"),
             ("--data={c}/empty.txt", "empty.txt: no questions and answers in this file"),
             ("--data={c}/good.jsonl --val_data={c}/nowhere.jsonl", "nowhere.jsonl: no such file"),

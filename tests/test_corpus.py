@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from papagaio.corpus import reading, tables
 from papagaio.corpus import text as textfiles
+from papagaio.corpus.options import ReadingOptions
 from papagaio.corpus.reading import list_spans, read
-from papagaio.corpus.spans import ReadingOptions
 from papagaio.errors import UserError
 
 TEXTS = [f"document {i}, naïve 🦜\n\n" * (1 + i % 3) for i in range(40)]

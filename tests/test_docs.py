@@ -25,7 +25,8 @@ def options_of(script: str) -> type[Options]:
     """The options class of `data/prepare.py` and the like; of a script without options, a class without any."""
     module = importlib.import_module(script.removesuffix(".py").removeprefix("bench/").replace("/", "."))
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Options)]
-    return next((c for c in classes if c.__module__ == module.__name__), Options)
+    own = (c for c in classes if c.__module__ == module.__name__ or (script, c.__name__) == ("data/prepare.py", "PrepareOptions"))
+    return next(own, Options)
 
 
 def code_lines(text: str) -> list[str]:

@@ -145,7 +145,6 @@ def test_preferences_move_the_margin(world: Path, tmp_path: Path, call: Call) ->
     assert found[-1]["val_loss"] < 0.6
     assert found[-1]["val_reward_accuracy"] > 0.9
     assert found[-1]["val_reward_margin"] > 0.2
-    assert (run / "reference.safetensors").is_file()
     said = call("chat", "--checkpoint", run, "--ask", f"What is the flag of {NAMES[0]}?")[1]
     assert said.strip(".\n") in COLOURS
     assert "memory" in call("finetune", *command, "--val_fraction=0.2", "--overwrite", "--dry_run")[1]

@@ -1,7 +1,5 @@
 """papagaio/batches/preferences.py: DPO against its formula, and that it moves the margin."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -93,26 +91,6 @@ def test_at_the_start_the_loss_is_that_of_a_coin_and_training_moves_the_margin()
     measured = preference.evaluate_pairs(gpt, [loader(0)[0]], 0.1, torch.float32)
     assert measured["val_reward_accuracy"] == 1
     assert measured["val_reward_margin"] > 0.3
-
-
-def test_the_reference_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, path = pairs(), tmp_path / "reference.safetensors"
-    first = preference.stored_reference(path, model(), "sha", found, torch.float32)
-    assert torch.equal(first, preference.reference_log_probabilities(model(), found, torch.float32))
-    calls = []
-
-    def count(*arguments: object) -> torch.Tensor:
-        calls.append(arguments)
-        return torch.zeros(len(arguments[1]), 2)
-
-    monkeypatch.setattr(preference, "reference_log_probabilities", count)
-    assert torch.equal(preference.stored_reference(path, model(), "sha", found, torch.float32), first)
-    assert not calls
-    preference.stored_reference(path, model(), "another model", found, torch.float32)
-    preference.stored_reference(path, model(), "another model", found[1:], torch.float32)
-    path.write_bytes(path.read_bytes()[:40])
-    preference.stored_reference(path, model(), "another model", found[1:], torch.float32)
-    assert len(calls) == 3
 
 
 def test_pairs_that_do_not_fit_are_counted_once() -> None:

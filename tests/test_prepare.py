@@ -26,8 +26,9 @@ from papagaio.corpus import text as textfiles
 from papagaio.corpus.assembly import Documents, Selection
 from papagaio.corpus.dataset import Dataset, ShardWriter
 from papagaio.corpus.inspection import inspection
+from papagaio.corpus.options import ReadingOptions
 from papagaio.corpus.sample import training_sample
-from papagaio.corpus.spans import ReadingOptions, Span
+from papagaio.corpus.spans import Span
 from papagaio.errors import MachineError, UserError
 from papagaio.files import file_sha256, sealed
 from papagaio.tokenizer import CharTokenizer, load_tokenizer
@@ -281,11 +282,11 @@ def test_duplicates_are_found_in_bounded_memory(numbers: list[int], chunk: int) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "IN_MEMORY", chunk)
         halves = [Documents(digests[:9], ones[:9], ones[:9]), Documents(digests[9:], ones[9:], ones[9:])]
-        selection = Selection(lambda: iter(halves), 0.1, False, "source")
+        selection = Selection(lambda: iter(halves), prepare.PrepareOptions(input=("source",), out=Path("out"), val_fraction=0.1))
     seen: set[int] = set()
     assert selection.duplicate.tolist() == [number in seen or bool(seen.add(number)) for number in numbers]
     if len(seen) > 1:
-        assert 0 < selection.held_out(np.unique(digests)).sum() < len(seen)
+        assert 0 < (np.unique(digests) < np.uint64(selection.limit)).sum() < len(seen)
 
 
 def test_a_single_text_is_cut_between_characters(tmp_path: Path) -> None:
@@ -582,8 +583,8 @@ def test_a_tokenizer_learns_from_a_sample_without_held_out_text(tmp_path: Path) 
             patch.setattr(module, "LEAF_BYTES", 4096)
         config = prepare.PrepareOptions(input=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", val_fraction=0.2)
         tasks = plan.make_tasks(reading.list_spans(config.input, config))
-        everything = "".join(training_sample(tasks, config, 2**28, 0.2, False, "source"))
-        some = "".join(training_sample(tasks, config, 20_000, 0.2, False, "source"))
+        everything = "".join(training_sample(tasks, config))
+        some = "".join(training_sample(tasks, config.model_copy(update={"sample_bytes": 20_000})))
     assert everything == "".join(text for text in texts if share(text) >= 0.2)
     assert 5_000 < len(some) < 25_000
     assert len({text.split()[0] for text in some.split()}) > 20  # from all over the corpus

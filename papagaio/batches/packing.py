@@ -78,7 +78,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Distribute items of these lengths over rows of at most `width`; returns the indices of the items in each row.
+    """Distribute items of these lengths over rows of at most `width`: the indices of the items in each row.
 
     >>> pack([3, 5, 2, 6], 8)
     [[3, 2], [1, 0]]
@@ -111,10 +111,9 @@ def collate(rows: Sequence[Sequence[Example]], width: int, total: float) -> Batc
 
     Targets of tokens that are not supervised are -100. The padding of a row has doc_id 0.
     """
-    ids = np.zeros((len(rows), width), np.int64)
-    targets = np.full((len(rows), width), -100, np.int64)
-    weights = np.zeros((len(rows), width), np.float32)
-    doc_ids = np.zeros((len(rows), width), np.int64)
+    shape = (len(rows), width)
+    ids, targets, doc_ids = np.zeros(shape, np.int64), np.full(shape, -100), np.zeros(shape, np.int64)
+    weights = np.zeros(shape, np.float32)
     for i, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row, 1):
@@ -146,11 +145,12 @@ class Mixture:
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        self.counts, self.seed = counts, seed
-        self.firsts = np.cumsum([0, *counts[:-1]])  # number of each file's first example
-        self.copies = [int(weight) for weight in weights]
-        self.extra = [round((weight - int(weight)) * count) for weight, count in zip(weights, counts, strict=True)]
-        self.size = sum(n * copies for n, copies in zip(counts, self.copies, strict=True)) + sum(self.extra)
+        self.seed = seed
+        firsts, copies = np.cumsum([0, *counts[:-1]]), [int(weight) for weight in weights]
+        extra = [round(weight % 1 * count) for weight, count in zip(weights, counts, strict=True)]
+        # Of each file: the number of its first example, how many there are, how often all of them occur, and how many once more.
+        self.files = list(zip(firsts.tolist(), counts, copies, extra, strict=True))
+        self.size = sum(count * copies + extra for _, count, copies, extra in self.files)
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)  # two, because the prefetching thread may be one epoch ahead
 
     def __call__(self, start: int, stop: int) -> list[int]:
@@ -164,10 +164,9 @@ class Mixture:
     def _compute_epoch(self, epoch: int) -> NDArray[np.int64]:
         """The numbers of an epoch's examples, before they are shuffled."""
         parts = []
-        for i, (first, count) in enumerate(zip(self.firsts, self.counts, strict=True)):
-            parts.append(first + np.tile(np.arange(count), self.copies[i]))
-            extra = np.arange(epoch * self.extra[i], (epoch + 1) * self.extra[i])
-            rounds, index = np.divmod(extra, count)  # a round takes every example of the file once
+        for i, (first, count, copies, extra) in enumerate(self.files):
+            parts.append(first + np.tile(np.arange(count), copies))
+            rounds, index = np.divmod(np.arange(epoch * extra, (epoch + 1) * extra), count)  # a round has every example once
             for number in np.unique(rounds).tolist():
                 here = rounds == number
                 index[here] = permute(index[here], count, int(mix(self.seed, i)), number)
@@ -188,15 +187,11 @@ class MixtureLoader:
         """The numbers of the items of a step."""
         return self.mixture(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def replayed(self, step: int) -> list[Batch]:
-        return self.replay(step) if self.replay is not None else []
-
     def epochs(self, step: int) -> float:
         return step * self.batch_size / self.mixture.size
 
     def places(self, step: int) -> list[str]:
-        found = [self.items[i].place for i in self.drawn(step)]
-        return found + (self.replay.places(step) if self.replay is not None else [])
+        return [*(self.items[i].place for i in self.drawn(step)), *(self.replay.places(step) if self.replay else [])]
 
 
 @dataclass
@@ -217,4 +212,5 @@ class ConversationLoader(MixtureLoader):
         examples = [self.items[i] for i in self.drawn(step)]
         rows, width = arrange(examples, self.width, self.packing)
         rows += [[]] * (-len(rows) % self.world_size)  # every rank has the same number of rows
-        return [collate(rows[self.rank :: self.world_size], width, supervised_weight(examples)), *self.replayed(step)]
+        batch = collate(rows[self.rank :: self.world_size], width, supervised_weight(examples))
+        return [batch, *(self.replay(step) if self.replay else [])]

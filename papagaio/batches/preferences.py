@@ -5,24 +5,19 @@ under the model minus its log-probability under the reference, the model before 
 
     loss = -log sigmoid(beta (r(chosen) - r(rejected)))
 
-The reference log-probabilities do not change: they are computed once and stored beside the run.
+The reference log-probabilities do not change: they are computed once, before training.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from papagaio.batches.conversations import Conversation, Preference
-from papagaio.batches.packing import Example, MixtureLoader, TooLong, collate, encode, fingerprint
+from papagaio.batches.packing import Example, MixtureLoader, TooLong, collate, encode
 from papagaio.batches.questions import Report
 from papagaio.batches.windows import Batch, Objective, likelihood
 from papagaio.runtime import autocast, evaluating
@@ -112,7 +107,8 @@ class PairLoader(MixtureLoader):
 
     def __call__(self, step: int) -> list[Batch | PairBatch]:
         numbers = sorted(self.drawn(step), key=lambda i: self.items[i].length)  # micro-batches of pairs of similar length
-        return [collate_pairs([self.items[i] for i in numbers], self.reference[numbers]), *self.replayed(step)]
+        pairs = collate_pairs([self.items[i] for i in numbers], self.reference[numbers])
+        return [pairs, *(self.replay(step) if self.replay else [])]
 
 
 @torch.inference_mode()
@@ -127,28 +123,6 @@ def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], dtype: 
         with evaluating(model), autocast(device, dtype):
             found[numbers] = log_probabilities(model, batch).cpu()
     return found
-
-
-def stored_reference(path: Path, model: nn.Module, weights_sha256: str, pairs: Sequence[Pair], dtype: torch.dtype) -> Tensor:
-    """The reference log-probabilities (N, 2): read from `path` if it was made from these weights and pairs, else computed and
-    written to it."""
-    made_of = f"{weights_sha256} {dtype} {fingerprint(chain.from_iterable(pairs))}"
-    try:
-        with safe_open(path, "pt") as file:
-            found, metadata = file.get_tensor("log_probabilities"), file.metadata() or {}
-            if metadata.get("made_of") == made_of and metadata.get("sha256") == _sha256(found):
-                return found
-    except (OSError, SafetensorError):
-        pass  # the file is missing or damaged: compute it again
-    found = reference_log_probabilities(model, pairs, dtype)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"log_probabilities": found}, temporary, metadata={"made_of": made_of, "sha256": _sha256(found)})
-    temporary.replace(path)
-    return found
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 @torch.inference_mode()

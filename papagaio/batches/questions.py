@@ -15,6 +15,8 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,13 +44,11 @@ class Source(NamedTuple):
 
 def parse_source(word: str) -> Source:
     """`qa.jsonl:2` -> Source(qa.jsonl, 2.0). Raises ValueError if the file is missing or the weight is not positive."""
-    name, colon, number = word.rpartition(":")
-    if not colon or Path(word).exists():
-        name, number = word, "1"
-    try:
-        weight = float(number)
-    except ValueError:
-        name, weight = word, 1.0
+    name, weight = word, 1.0
+    if ":" in word and not Path(word).exists():
+        with suppress(ValueError):  # not a number: the colon is part of the name
+            weight = float(word.rpartition(":")[2])
+            name = word.rpartition(":")[0]
     if not 0 < weight < math.inf:
         raise ValueError(f"{word}: the weight after the colon must be a positive number, such as 2 or 0.5")
     if not Path(name).is_file():
@@ -108,35 +108,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """The elements of a JSON array, each with the number of the line on which it begins."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
-    position, line = 0, 1
-
-    def advance(to: int) -> str:
-        """Move to the first character from `to` on that is not blank, and return it."""
-        nonlocal position, line
-        to = blank.match(text, to).end()
-        position, line = to, line + text.count("\n", position, to)
-        return text[to : to + 1]
-
-    character, first = advance(text.index("[") + 1), True
-    while character != "]":
-        if not first:
-            if character != ",":
-                raise UserError(f"{path}:{line}: not JSON: a comma or ] is needed")
-            advance(position + 1)
-        first = False
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-        except RecursionError:
-            raise UserError(f"{path}:{line}: JSON nested too deep") from None
-        except ValueError:
-            raise UserError(f"{path}:{line}: a number with thousands of digits") from None
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    line, counted, end = 1, 0, text.index("[") + 1
+    for value in parse_json(text, path):
+        start = between.match(text, end).end()
+        line, counted = line + text.count("\n", counted, start), start
         yield f"{path}:{line}", value
-        character = advance(end)
-    if rest := text[position + 1 :].strip():
-        raise UserError(f"{path}:{line}: not JSON: {rest[:10]!r} after the end of the list")
+        _, end = decoder.raw_decode(text, start)
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,11 +132,8 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, dict
             if len(cells) != len(columns):
                 raise UserError(f"{place}: {len(columns)} columns are needed, as in the first line")
             value: dict[str, Any] = {key: cell for key, cell in zip(columns, cells, strict=True) if cell or key not in OPTIONAL}
-            if "weight" in value:
-                try:
-                    value["weight"] = float(value["weight"])
-                except ValueError:
-                    raise UserError(f"{place}: weight: {value['weight']!r} is not a number") from None
+            with suppress(KeyError, ValueError):  # what is not a number is refused as in other files
+                value["weight"] = float(value["weight"])
             yield place, value
     except csv.Error as error:
         raise UserError(f"{path}:{line}: not CSV: {error}") from None
@@ -170,10 +145,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     with open_parquet(str(path)) as file:
         try:
-            for batch in file.iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", {key: value for key, value in row.items() if value is not None}
+            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024)), 1):
+                yield f"{path}:row {number}", {key: value for key, value in row.items() if value is not None}
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: damaged near row {number + 1}: {error}") from None
 
@@ -237,16 +210,11 @@ class Choice(Strict):
 
     def right(self) -> int:
         """The number of the right choice, from 0."""
-        if isinstance(self.answer, int):
-            number = self.answer
-        elif self.answer in self.choices:
-            number = self.choices.index(self.answer)
-        else:
-            number = ord(self.answer) - ord("A") if len(self.answer) == 1 else -1
-        if not 0 <= number < len(self.choices):
-            raise ValueError(
-                f"answer {self.answer!r} is none of the {len(self.choices)} choices, nor the number or letter of one"
-            )
+        count = len(self.choices)
+        numbers = {chr(ord("A") + i): i for i in range(count)} | {self.choices[i]: i for i in reversed(range(count))}
+        number = self.answer if isinstance(self.answer, int) else numbers.get(self.answer, -1)
+        if not 0 <= number < count:
+            raise ValueError(f"answer {self.answer!r} is none of the {count} choices, nor the number or letter of one")
         return number
 
 
@@ -302,6 +270,7 @@ def hold_out(rows: Sequence[RowT], fraction: float) -> tuple[list[RowT], list[Ro
     together. With fraction > 0, at least one row is held out, unless that would leave none to train on."""
     hashes = [text_hash(row.key.encode()) for row in rows]
     limit = held_out_below(hashes, fraction)
-    training = [row for row, digest in zip(rows, hashes, strict=True) if digest >= limit]
-    held_out = [row for row, digest in zip(rows, hashes, strict=True) if digest < limit]
-    return training, held_out
+    parts: tuple[list[RowT], list[RowT]] = ([], [])
+    for row, digest in zip(rows, hashes, strict=True):
+        parts[digest < limit].append(row)
+    return parts

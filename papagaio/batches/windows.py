@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -52,15 +51,12 @@ class Loader(Protocol):
 
     def __call__(self, step: int) -> list[Any]:
         """The batches of an optimizer step: objects with ids, targets, split, to and pin_memory, such as Batch."""
-        ...
 
     def epochs(self, step: int) -> float:
         """Passes over the data after `step` steps."""
-        ...
 
     def places(self, step: int) -> list[str]:
         """Where each sequence of a step comes from, for messages: qa.jsonl:12, or train-00000.npy[512:769]."""
-        ...
 
 
 Objective = Callable[[Any, Any], Tensor]  # (model, batch) -> loss, a scalar
@@ -91,13 +87,13 @@ class WindowLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        shards = dataset.shards(split)
+        self.shards = [np.asarray(shard) for shard in dataset.shards(split)]  # slices of plain arrays cost less
         self.dataset, self.names = dataset, [shard["file"] for shard in dataset.splits[split]["shards"]]
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.start_token = dataset.tokenizer.special[END_OF_TEXT] if document_mask else None
         assert batch_size % world_size == 0, f"batch size {batch_size} is not divisible by {world_size} ranks"
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        sizes = np.array([len(shard) for shard in shards], np.int64)
+        sizes = np.array([len(shard) for shard in self.shards], np.int64)
         # The number of windows that fit at every offset; at least one if the shard has one at all.
         counts = np.maximum((sizes - block_size) // block_size, np.clip((sizes - 1) // block_size, 0, 1))
         self.slack = np.minimum(sizes - 1 - counts * block_size, block_size - 1)  # the largest offset of each shard
@@ -108,8 +104,6 @@ class WindowLoader:
                 f"{dataset.directory}: the {split} split has {int(sizes.sum()):,} tokens, fewer than one block of "
                 f"{block_size} + 1; prepare more text or lower --block_size"
             )
-        # All windows of a shard as rows (len - T, T + 1) of a view: nothing is copied.
-        self.rows = [sliding_window_view(shard, block_size + 1) if n else None for shard, n in zip(shards, counts, strict=True)]
         self.weights = torch.full((batch_size // world_size, block_size), 1 / (batch_size * block_size))
         # Positions are computed for many steps at once, which saves time. Two blocks of steps are cached: the training loop and
         # the prefetching thread may be in different ones.
@@ -117,11 +111,9 @@ class WindowLoader:
         self._block = lru_cache(maxsize=2)(self._compute_block)
 
     def __call__(self, step: int) -> list[Batch]:
-        shards, starts = self._positions(step)
-        if (shards == shards[0]).all():
-            tokens = self.rows[shards[0]][starts]  # (B, T + 1)
-        else:
-            tokens = np.stack([self.rows[shard][start] for shard, start in zip(shards, starts, strict=True)])
+        tokens = np.stack(
+            [self.shards[i][start : start + self.block_size + 1] for i, start in self._positions(step)]
+        )  # (B, T + 1)
         ids, targets = (torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
         return [Batch(ids, targets, self.weights, number_documents(ids, self.start_token))]
 
@@ -129,14 +121,13 @@ class WindowLoader:
         return step * self.batch_size / self.n_windows
 
     def places(self, step: int) -> list[str]:
-        pairs = zip(*self._positions(step), strict=True)
-        return [f"{self.names[shard]}[{start}:{start + self.block_size + 1}]" for shard, start in pairs]
+        return [f"{self.names[i]}[{start}:{start + self.block_size + 1}]" for i, start in self._positions(step)]
 
-    def _positions(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shard of each window of a step (B,), and the window's first token in that shard (B,)."""
+    def _positions(self, step: int) -> list[tuple[int, int]]:
+        """The shard of each of a step's B windows, and the window's first token in that shard."""
         block, row = divmod(step, self.steps_per_block)
         shards, starts = self._block(block)
-        return shards[row], starts[row]
+        return list(zip(shards[row].tolist(), starts[row].tolist(), strict=True))
 
     def _compute_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards and first tokens of the windows of steps_per_block steps, (steps, B) each."""

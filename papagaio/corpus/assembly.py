@@ -3,8 +3,7 @@
 Duplicates and the split depend on all documents. They are decided from the indexes alone, when all pieces are there.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from papagaio.corpus.dataset import SPLITS, ShardWriter, Split, token_dtype
 from papagaio.corpus.encoding import INDEX, piece_paths
+from papagaio.corpus.options import PrepareOptions
 from papagaio.corpus.split import combined_hash, held_out_below
 from papagaio.errors import UserError
 from papagaio.tokenizer import Tokenizer
@@ -55,15 +55,12 @@ class Pieces:
 
     def tokens(self, start: int, stop: int) -> Iterator[NDArray[np.integer]]:
         """Tokens [start, stop) of the stream, up to IN_MEMORY at a time."""
-        piece = int(np.searchsorted(self.ends, start, side="right")) - 1
         while start < stop:
+            piece = int(np.searchsorted(self.ends, start, side="right")) - 1
             first, end = int(self.ends[piece]), int(self.ends[piece + 1])
-            while start < min(stop, end):
-                count = min(IN_MEMORY, min(stop, end) - start)
-                offset = (start - first) * self.dtype.itemsize
-                yield np.fromfile(self.paths[piece][0], self.dtype, count, offset=offset)
-                start += count
-            piece += 1
+            count = min(IN_MEMORY, min(stop, end) - start)
+            yield np.fromfile(self.paths[piece][0], self.dtype, count, offset=(start - first) * self.dtype.itemsize)
+            start += count
 
     def discard(self, position: int) -> None:
         """Delete the tokens of the pieces that end before a position of the stream."""
@@ -76,11 +73,10 @@ def read_index(path: Path) -> NDArray[np.void]:
     try:
         with path.open("rb") as file:
             found = np.lib.format.read_array(file)  # reads no pickles
-        problem = None if found.dtype == INDEX and found.ndim == 1 else found.dtype
+        if found.dtype != INDEX or found.ndim != 1:
+            raise ValueError(found.dtype)
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
-        problem = repr(error)
-    if problem is not None:
-        raise UserError(f"{path}: damaged ({problem}); delete it, and the same command makes it again")
+        raise UserError(f"{path}: damaged ({error!r}); delete it, and the same command makes it again") from None
     return found
 
 
@@ -89,14 +85,13 @@ class Selection:
 
     `empty`, `duplicate` and `dropped` are boolean arrays (N,) over all documents; of two equal documents the first is kept. Of
     those that are not dropped, the ones with a hash below `limit` go to the val split. `limit` is 0 for a single document, which
-    is cut near its end. Raises UserError, which names the `source`, if all documents are empty.
+    is cut near its end. Raises UserError if all documents are empty.
     """
 
-    def __init__(
-        self, documents: Callable[[], Iterator[Documents]], val_fraction: float, keep_duplicates: bool, source: str
-    ) -> None:
+    def __init__(self, documents: Callable[[], Iterator[Documents]], config: PrepareOptions) -> None:
+        self.documents = documents
         self.empty = np.concatenate([np.zeros(0, bool), *(tokens == 0 for _, _, tokens in documents())])
-        self.duplicate = np.zeros(len(self.empty), bool)
+        self.duplicate = ~self.empty  # until the first of equal documents is found
         extremes: set[int] = set()  # the two smallest hashes and the largest of each pass: all that held_out_below needs
         passes = 1 + len(self.empty) // IN_MEMORY  # each compares the hashes with the same remainder
         for remainder in range(passes):
@@ -106,41 +101,42 @@ class Selection:
                 digests.append(digest[chosen])
                 places.append(start + chosen)
                 start += len(digest)
-            place = np.concatenate(places)
             distinct, first = np.unique(np.concatenate(digests), return_index=True)
-            self.duplicate[place] = True
-            self.duplicate[place[first]] = False
+            self.duplicate[np.concatenate(places)[first]] = False
             extremes |= {*distinct[:2].tolist(), *distinct[-1:].tolist()}
-        self.limit = held_out_below(extremes, val_fraction)
-        self.keeps_duplicates = keep_duplicates and self.limit > 0  # a single document is not repeated
+        self.limit = held_out_below(extremes, config.val_fraction)
+        self.keeps_duplicates = config.keep_duplicates and self.limit > 0  # a single document is not repeated
         self.dropped = self.empty if self.keeps_duplicates else self.empty | self.duplicate
         if self.dropped.all():
-            raise UserError(f"{source}: no text in there")
+            raise UserError(f"{', '.join(config.input)}: no text in there")
 
-    def held_out(self, digest: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of these hashes are those of val documents."""
-        return digest < np.uint64(self.limit)
+    def of_split(self, split: str) -> Iterator[tuple[Documents, NDArray[np.bool_], NDArray[np.bool_]]]:
+        """All documents, some at a time, and which of them are written to a split, and which are duplicates in it."""
+        start = 0
+        for documents in self.documents():
+            here = slice(start, start + len(documents.digest))
+            start = here.stop
+            inside = (documents.digest < np.uint64(self.limit)) == (split == "val")
+            yield documents, inside & ~self.dropped[here], inside & self.duplicate[here]
 
 
-def assemble(
-    work: Path, n_pieces: int, tokenizer: Tokenizer, shard_tokens: int, val_fraction: float, keep_duplicates: bool, source: str
-) -> dict[str, Any]:
+def assemble(work: Path, n_pieces: int, tokenizer: Tokenizer, config: PrepareOptions) -> dict[str, Any]:
     """Write the shards of both splits into the work directory, and return the manifest's entries about them.
 
     Pieces are deleted as soon as they are in complete train shards. Raises UserError if there is no text, or if a single document
     is too short to be cut.
     """
     pieces = Pieces(work, n_pieces, token_dtype(tokenizer))
-    selection = Selection(pieces.documents, val_fraction, keep_duplicates, source)
-    counts = count_documents(pieces, selection)
-    ranges = {split: partial(token_ranges, pieces, selection, split) for split in SPLITS}
+    selection = Selection(pieces.documents, config)
+    counts = {split: count_documents(selection, split) for split in SPLITS}
+    ranges: dict[str, Iterable[tuple[int, int]]] = {split: token_ranges(selection, split) for split in SPLITS}
     if not selection.limit:
-        ranges, counts = cut_document(pieces, counts["train"], next(ranges["train"]()), tokenizer, val_fraction)
+        ranges, counts = cut_document(pieces, counts["train"], *ranges["train"], tokenizer, config.val_fraction)
     splits = {}
     for split in ("val", "train"):  # train comes last, so that pieces can be deleted meanwhile
-        writer = ShardWriter(work, split, pieces.dtype, counts[split].tokens, shard_tokens)
+        writer = ShardWriter(work, split, pieces.dtype, counts[split].tokens, config.shard_tokens)
         skip = writer.ready
-        for start, stop in ranges[split]():
+        for start, stop in ranges[split]:
             done = min(skip, stop - start)
             skip -= done
             for part in pieces.tokens(start + done, stop):
@@ -152,40 +148,31 @@ def assemble(
     return {"empty_documents": int(selection.empty.sum()), "splits": {split: splits[split] for split in SPLITS}}
 
 
-def count_documents(pieces: Pieces, selection: Selection) -> dict[str, Split]:
-    """Documents, tokens and bytes of both splits."""
-    kept_twice = selection.keeps_duplicates
-    counts = {split: Split(documents=0, tokens=0, bytes=0, duplicates_kept=kept_twice, shards=[]) for split in SPLITS}
-    number = 0
-    for digest, n_bytes, tokens in pieces.documents():
-        here = slice(number, number + len(digest))
-        number += len(digest)
-        for split, count in counts.items():
-            inside = selection.held_out(digest) == (split == "val")
-            kept = inside & ~selection.dropped[here]
-            count.documents += int(kept.sum())
-            count.tokens += int(tokens[kept].sum())
-            count.bytes += int(n_bytes[kept].sum())
-            count.duplicates += int((inside & selection.duplicate[here]).sum())
-            count.longest_document = max(count.longest_document, int(tokens[kept].max(initial=0)))
-    return counts
+def count_documents(selection: Selection, split: str) -> Split:
+    count = Split(documents=0, tokens=0, bytes=0, duplicates_kept=selection.keeps_duplicates, shards=[])
+    for documents, kept, duplicate in selection.of_split(split):
+        tokens = documents.tokens[kept]
+        count.documents += len(tokens)
+        count.tokens += int(tokens.sum())
+        count.bytes += int(documents.bytes[kept].sum())
+        count.duplicates += int(duplicate.sum())
+        count.longest_document = max(count.longest_document, int(tokens.max(initial=0)))
+    return count
 
 
-def token_ranges(pieces: Pieces, selection: Selection, split: str) -> Iterator[tuple[int, int]]:
+def token_ranges(selection: Selection, split: str) -> Iterator[tuple[int, int]]:
     """The ranges [start, stop) of the stream of tokens that make up a split, in order."""
-    position = number = 0
-    for digest, _, tokens in pieces.documents():
-        chosen = ~selection.dropped[number : number + len(digest)] & (selection.held_out(digest) == (split == "val"))
-        ends = position + np.cumsum(tokens.astype(np.int64))
-        edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
-        for first, behind in edges.reshape(-1, 2).tolist():
-            yield int(ends[first] - int(tokens[first])), int(ends[behind - 1])
-        position, number = int(ends[-1]), number + len(digest)
+    position = 0
+    for documents, kept, _ in selection.of_split(split):
+        bounds = position + np.append(0, np.cumsum(documents.tokens.astype(np.int64)))
+        edges = np.flatnonzero(np.diff(kept.astype(np.int8), prepend=0, append=0))
+        yield from bounds[edges].reshape(-1, 2).tolist()
+        position = int(bounds[-1])
 
 
 def cut_document(
     pieces: Pieces, whole: Split, span: tuple[int, int], tokenizer: Tokenizer, val_fraction: float
-) -> tuple[dict[str, Callable], dict[str, Split]]:
+) -> tuple[dict[str, Iterable[tuple[int, int]]], dict[str, Split]]:
     """Token ranges and counts of both splits of a single document, cut between two tokens and between two characters.
 
     Each part begins with the document's first token, <|endoftext|>.
@@ -208,4 +195,4 @@ def cut_document(
     n_train, n_val = place - start, 1 + stop - place
     train = whole.model_copy(update={"tokens": n_train, "bytes": train_bytes, "longest_document": n_train})
     val = Split(documents=1, tokens=n_val, bytes=whole.bytes - train_bytes, longest_document=n_val, shards=[])
-    return {"train": lambda: [(start, place)], "val": lambda: [(start, start + 1), (place, stop)]}, {"train": train, "val": val}
+    return {"train": [(start, place)], "val": [(start, start + 1), (place, stop)]}, {"train": train, "val": val}

@@ -7,7 +7,6 @@ dataset/
 """
 
 import hashlib
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,42 +36,34 @@ class ShardWriter:
         self.done: list[dict[str, Any]] = []  # the manifest's entries
         self.ready = 0
         while self.left and self.left[0][0].exists():
-            path, size = self.left.pop(0)
-            self.done.append({"file": path.name, "tokens": size, "sha256": file_sha256(path)})
-            self.ready += size
+            self.ready += self._complete()
         self.file: BinaryIO | None = None
 
     def write(self, tokens: NDArray[np.integer]) -> bool:
         """Append tokens to the split. Returns True if a shard has become complete."""
         assert tokens.dtype == self.dtype, "tokens of another type could wrap"
-        completed = False
+        before = len(self.done)
         while len(tokens):
+            path, size = self.left[0]
             if self.file is None:
-                self._open()
+                self.file, self.room = path.with_suffix(".tmp").open("wb"), size
+                header = {"descr": self.dtype.str, "fortran_order": False, "shape": (size,)}
+                np.lib.format.write_array_header_1_0(self.file, header)
             part, tokens = tokens[: self.room], tokens[self.room :]
-            data = part.tobytes()
-            self.file.write(data)
-            self.hash.update(data)
+            self.file.write(part.tobytes())
             self.room -= len(part)
-            if self.room == 0:
-                completed = True
-                self._finish()
-        return completed
+            if not self.room:
+                sync_and_close(self.file)
+                Path(self.file.name).rename(path)
+                self.file = None
+                self._complete()
+        return len(self.done) > before
 
-    def _open(self) -> None:
-        path, self.room = self.left[0]
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.room,)})
-        self.file = path.with_suffix(".tmp").open("wb")
-        self.file.write(header.getvalue())
-        self.hash = hashlib.sha256(header.getvalue())
-
-    def _finish(self) -> None:
+    def _complete(self) -> int:
+        """Enter the next shard, which is in its place, into `done`. Returns its tokens."""
         path, size = self.left.pop(0)
-        sync_and_close(self.file)
-        self.file = None
-        path.with_suffix(".tmp").rename(path)
-        self.done.append({"file": path.name, "tokens": size, "sha256": self.hash.hexdigest()})
+        self.done.append({"file": path.name, "tokens": size, "sha256": file_sha256(path)})
+        return size
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -154,16 +145,17 @@ class Dataset:
                 hashes = list(pool.map(file_sha256, paths))
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; prepare the data again") from None
-        # In one thread: NumPy parses the headers with ast, which has a race in CPython 3.11.
-        return [self._open(path, entry, digest) for path, entry, digest in zip(paths, entries, hashes, strict=True)]
-
-    def _open(self, path: Path, shard: dict[str, Any], sha256: str) -> NDArray:
-        if sha256 != shard["sha256"]:
-            raise UserError(f"{path}: cut short or changed since it was written; prepare the data again")
-        try:
-            tokens = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives as well
-        except (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
-            raise UserError(f"{path}: not a whole .npy file ({error!r}); prepare the data again") from None
-        if tokens.dtype != self.dtype or tokens.shape != (shard["tokens"],):
-            raise UserError(f"{path}: {tokens.dtype} {tokens.shape} where the manifest says {self.dtype} ({shard['tokens']},)")
-        return tokens
+        shards = []
+        for path, entry, digest in zip(paths, entries, hashes, strict=True):
+            if digest != entry["sha256"]:
+                raise UserError(f"{path}: cut short or changed since it was written; prepare the data again")
+            try:  # in one thread: NumPy parses the headers with ast, which has a race in CPython 3.11
+                tokens = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives as well
+            except (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+                raise UserError(f"{path}: not a whole .npy file ({error!r}); prepare the data again") from None
+            if tokens.dtype != self.dtype or tokens.shape != (entry["tokens"],):
+                raise UserError(
+                    f"{path}: {tokens.dtype} {tokens.shape} where the manifest says {self.dtype} ({entry['tokens']},)"
+                )
+            shards.append(tokens)
+        return shards

@@ -7,44 +7,36 @@ order they are made, and however often that is interrupted, the shards made from
 
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from papagaio.corpus.dataset import token_dtype
+from papagaio.corpus.options import PrepareOptions, ReadingOptions
 from papagaio.corpus.plan import Task
 from papagaio.corpus.reading import leaves, read
-from papagaio.corpus.spans import ReadingOptions, Span
+from papagaio.corpus.spans import Span
 from papagaio.corpus.split import TextHash, text_hash
 from papagaio.corpus.text import blocks_of
 from papagaio.corpus.workers import in_parallel
-from papagaio.errors import MachineError, UserError
+from papagaio.errors import MachineError, UserError, located
 from papagaio.files import sync_and_close
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, text_chunks
 
-INDEX = np.dtype([("digest", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("first", "?"), ("last", "?")])
+INDEX = np.dtype([("digest", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("last", "?")])
 
 _tokenizers: dict[Path, Tokenizer] = {}  # by directory; a forked worker inherits that of its parent
 
 
-def encode(
-    work: Path,
-    tasks: list[Task],
-    numbers: Sequence[int],
-    tokenizer: Tokenizer,
-    config: ReadingOptions,
-    workers: int,
-    val_fraction: float,
-) -> None:
-    """Make the pieces of the tasks with these numbers that are not in the work directory yet."""
-    missing = [number for number in numbers if not piece_paths(work, number)[1].exists()]
-    if len(missing) < len(numbers):
-        print(f"{len(numbers) - len(missing):,} of {len(numbers):,} pieces are there already", file=sys.stderr)
-    check_disk(work, [tasks[number] for number in missing], tokenizer, config, val_fraction)
+def encode(work: Path, tasks: dict[int, Task], tokenizer: Tokenizer, config: PrepareOptions) -> None:
+    """Make the pieces of these tasks (by number) that are not in the work directory yet."""
+    missing = {number: task for number, task in tasks.items() if not piece_paths(work, number)[1].exists()}
+    if len(missing) < len(tasks):
+        print(f"{len(tasks) - len(missing):,} of {len(tasks):,} pieces are there already", file=sys.stderr)
+    check_disk(work, list(missing.values()), tokenizer, config)
     _tokenizers[work] = tokenizer
-    jobs = [(encode_task, work, number, tasks[number], config) for number in missing]
-    for _ in in_parallel(jobs, workers, [sum(span.size for span in tasks[number]) for number in missing]):
+    jobs = [(encode_task, work, number, task, config) for number, task in missing.items()]
+    for _ in in_parallel(jobs, config.workers, [sum(span.size for span in task) for task in missing.values()]):
         pass
 
 
@@ -58,7 +50,7 @@ def encode_task(work: Path, number: int, task: Task, config: ReadingOptions) -> 
     piece.finish()
 
 
-def check_disk(work: Path, tasks: list[Task], tokenizer: Tokenizer, config: ReadingOptions, val_fraction: float) -> None:
+def check_disk(work: Path, tasks: list[Task], tokenizer: Tokenizer, config: PrepareOptions) -> None:
     """Raises MachineError if the disk has less room than the shards will take, estimated from the first text."""
     beginning = next((fragment.text[: 2**18] for task in tasks for span in task for fragment in read(span, config)), "")
     try:
@@ -67,7 +59,7 @@ def check_disk(work: Path, tasks: list[Task], tokenizer: Tokenizer, config: Read
         return
     n_bytes = sum(span.size * (4 if span.path.lower().endswith((".gz", ".zst")) else 1) for task in tasks for span in task)
     # Pieces are deleted while they are copied to train shards; the val shards are written while all pieces exist.
-    needed = n_bytes * per_byte * token_dtype(tokenizer).itemsize * (1.1 + val_fraction)
+    needed = n_bytes * per_byte * token_dtype(tokenizer).itemsize * (1.1 + config.val_fraction)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise MachineError(f"{work.parent}: about {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free")
@@ -85,28 +77,27 @@ class PieceWriter:
         self.tokens_path, self.index_path = piece_paths(work, number)
         self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer)
         self.start = np.array([tokenizer.special[END_OF_TEXT]], self.dtype).tobytes()
-        self.index: list[tuple[int, int, int, bool, bool]] = []
+        self.index: list[tuple[int, int, int, bool]] = []
         self.file = self.tokens_path.with_suffix(".tmp").open("wb")
 
     def add(self, span: Span, config: ReadingOptions) -> None:
         """Encode the documents of a span. Raises UserError with the place of a text that cannot be read or encoded."""
         self.path = span.path
-        inside_document = leaves(span, config)
-        for leaf in inside_document:
+        found = leaves(span, config)
+        for leaf in found:
             fragments = list(read(leaf, config))
             self._begin(fragments[0].first)
             self._encode("".join(fragment.text for fragment in fragments))
-            self._end(fragments[-1].last, text_hash(b"".join(blocks_of(leaf.path, leaf.start, leaf.stop))))
-        for text, first, last in [] if inside_document else read(span, config):
+            self._end(text_hash(b"".join(blocks_of(leaf.path, leaf.start, leaf.stop))), fragments[-1].last)
+        for text, first, last in [] if found else read(span, config):
             if first:
-                self._begin(first=True)
+                self._begin()
             self._encode(text)
             if last:
-                self._end(last=True)
+                self._end()
 
-    def _begin(self, first: bool) -> None:
-        self.first, self.offset, self.blank = first, self.file.tell(), True
-        self.hash, self.n_bytes, self.rest = TextHash(), 0, ""
+    def _begin(self, first: bool = True) -> None:
+        self.offset, self.blank, self.hash, self.n_bytes, self.rest = self.file.tell(), True, TextHash(), 0, ""
         if first:
             self.file.write(self.start)
 
@@ -120,21 +111,17 @@ class PieceWriter:
         for chunk in complete:
             self._write(chunk)
 
-    def _end(self, last: bool, leaf_hash: int | None = None) -> None:
+    def _end(self, leaf_hash: int | None = None, last: bool = True) -> None:
         self._write(self.rest)
-        n_tokens = (self.file.tell() - self.offset) // self.dtype.itemsize
-        if self.blank and self.first and last:  # an empty document gets no tokens
-            n_tokens = 0
+        if self.blank and leaf_hash is None:  # an empty document gets no tokens
             self.file.seek(self.offset)
             self.file.truncate()
-        digest = self.hash.value() if leaf_hash is None else leaf_hash
-        self.index.append((digest, self.n_bytes, n_tokens, self.first, last))
+        n_tokens = (self.file.tell() - self.offset) // self.dtype.itemsize
+        self.index.append((self.hash.value() if leaf_hash is None else leaf_hash, self.n_bytes, n_tokens, last))
 
     def _write(self, text: str) -> None:
-        try:
+        with located(self.path):
             ids = self.tokenizer.encode_array(text)
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
         assert ids.size == 0 or int(ids.max()) < self.tokenizer.vocab_size, "a token id would wrap"
         self.file.write(ids.astype(self.dtype).tobytes())
 

@@ -49,13 +49,12 @@ class Plan:
     @cached_property
     def inputs(self) -> list[dict[str, Any]]:
         """For each task its spans, without the files' directories, and the times of the files' last changes."""
-        paths = {span.path for task in self.tasks for span in task}
-        changed = {path: 0 if path.startswith("hf://") else os.stat(path).st_mtime_ns for path in paths}
-
-        def described(span: Span) -> list[Any]:
-            return [span.path if span.kind == "hub" else Path(span.path).name, *span[1:]]
-
-        return [{"spans": [described(s) for s in task], "changed": [changed[s.path] for s in task]} for task in self.tasks]
+        tasks = []
+        for task in self.tasks:
+            spans = [[span.path if span.kind == "hub" else Path(span.path).name, *span[1:]] for span in task]
+            changed = [0 if span.kind == "hub" else os.stat(span.path).st_mtime_ns for span in task]
+            tasks.append({"spans": spans, "changed": changed})
+        return tasks
 
     @cached_property
     def sha256(self) -> str:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from papagaio.corpus import tables, text
-from papagaio.corpus.spans import LEAF_BYTES, Fragment, ReadingOptions, Span
+from papagaio.corpus.options import ReadingOptions
+from papagaio.corpus.spans import LEAF_BYTES, Fragment, Span
 from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, refuse_pickle
 
@@ -40,7 +41,7 @@ def list_spans(inputs: tuple[str, ...], config: ReadingOptions) -> list[Span]:
     spans: list[Span] = []
     for name in inputs:
         if name.startswith("hf://"):
-            spans += tables.hub_spans(name)
+            spans += [Span(name, "hub", i, i + 1, 0) for i in range(tables.hub_dataset(name).num_shards)]
         else:
             spans += [span for file in files[name] for span in split_file(file, span_bytes, config)]
     return spans
@@ -72,13 +73,12 @@ def split_file(path: str, span_bytes: int, config: ReadingOptions) -> list[Span]
     """The spans of one file: several for a large one that can be read from the middle."""
     refuse_pickle(Path(path), GIVE_TEXT)
     name, size, kind = path.lower(), os.path.getsize(path), config.format
-    compressed = name.endswith((".gz", ".zst"))
-    stem = name.rsplit(".", 1)[0] if compressed else name
+    stem = name.removesuffix(".gz").removesuffix(".zst")
     if kind == "auto":
         kind = "jsonl" if stem.endswith((".jsonl", ".ndjson")) else "parquet" if stem.endswith(".parquet") else "text"
     if kind == "parquet":
         return tables.parquet_spans(path, span_bytes)
-    plain_utf8 = not compressed and codecs.lookup(config.encoding).name == "utf-8" and config.errors == "strict"
+    plain_utf8 = stem == name and codecs.lookup(config.encoding).name == "utf-8" and config.errors == "strict"
     if size <= LEAF_BYTES or not plain_utf8:
         return [Span(path, kind, 0, -1, size)]
     starts = range(0, size, span_bytes)
@@ -115,10 +115,8 @@ def read(span: Span, config: ReadingOptions) -> Iterator[Fragment]:
         return tables.read_hub(span, config)
     path, start, stop = span.path, 0, -1
     separator = r"\n" if span.kind == "jsonl" else document_separator(config)
-    if span.stop >= 0 and separator is None:
-        start, stop = (text.document_boundary(path, position) for position in (span.start, span.stop))
-    elif span.stop >= 0:
-        start, stop = (text.record_boundary(path, position, separator) for position in (span.start, span.stop))
+    if span.stop >= 0:
+        start, stop = (text.boundary(path, position, separator) for position in (span.start, span.stop))
     blocks = text.decoded(path, start, stop, config.encoding, config.errors)
     if separator is None:
         return text.one_document(blocks, first=span.start == 0, last=span.stop < 0 or span.stop == os.path.getsize(path))

@@ -1,24 +1,8 @@
-"""What all readers share: the options of reading, spans (parts of the input) and fragments (parts of a document)."""
+"""What all readers share: spans (parts of the input) and fragments (parts of a document)."""
 
-from functools import partial
 from typing import Literal, NamedTuple
 
-from papagaio.options import Options, option
-
 LEAF_BYTES = 2**20  # a text file that is one document is cut into leaves of this size, each hashed and encoded by itself
-_reading = partial(option, group="Reading")
-
-
-class ReadingOptions(Options):
-    """How input files are read."""
-
-    format: Literal["auto", "text", "jsonl", "parquet"] = _reading("auto", "format of the files; auto: by their names")
-    text_key: str = _reading("text", "key or column that holds the text in .jsonl and .parquet files")
-    split_documents: str = _reading(
-        "none", "split text files into documents: none, blank_line, or the TEXT that stands between them", max_length=256
-    )
-    encoding: str = _reading("utf-8", "encoding of text and .jsonl files")
-    errors: Literal["strict", "replace"] = _reading("strict", "what cannot be decoded stops the run, or becomes U+FFFD")
 
 
 class Span(NamedTuple):

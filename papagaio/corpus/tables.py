@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from papagaio.corpus.spans import Fragment, ReadingOptions, Span
+from papagaio.corpus.options import ReadingOptions
+from papagaio.corpus.spans import Fragment, Span
 from papagaio.corpus.text import BLOCK_BYTES, LONG_RECORD, line_of
 from papagaio.errors import MachineError, UserError
 from papagaio.files import parse_json
@@ -33,21 +34,19 @@ def document(value: Any, place: Callable[[], str], config: ReadingOptions) -> It
 
 def read_json_lines(lines: Iterable[Fragment], path: str, start: int, config: ReadingOptions) -> Iterator[Fragment]:
     """The texts of JSON objects, one per line. Blank lines are skipped. `start` is the position of the first line in the file."""
-    number, parts = 0, []
+    number, line = -1, ""
 
     def place() -> str:
-        return f"{path}:{line_of(path, start) + number - 1}"
+        return f"{path}:{line_of(path, start) + number}"
 
     for part, first, last in lines:
         number += first
-        parts.append(part)
-        if sum(map(len, parts)) > LONGEST_LINE:
+        line = part if first else line + part
+        if len(line) > LONGEST_LINE:
             raise UserError(f"{place()}: a line of more than {LONGEST_LINE:,} characters; make several documents of it")
-        if last:
-            line, parts = "".join(parts), []
-            if line.strip():
-                value = parse_json(line, place)
-                yield from document(value.get(config.text_key) if isinstance(value, dict) else None, place, config)
+        if last and line.strip():
+            value = parse_json(line, place)
+            yield from document(value.get(config.text_key) if isinstance(value, dict) else None, place, config)
 
 
 def parquet_spans(path: str, span_bytes: int) -> list[Span]:
@@ -83,26 +82,20 @@ def read_parquet(span: Span, config: ReadingOptions) -> Iterator[Fragment]:
         names = file.schema_arrow.names
         if key not in names:
             raise UserError(f"{path}: no column {key!r} among {', '.join(names)}; --text_key names another")
-        kind = file.schema_arrow.field(key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
+        if (kind := str(file.schema_arrow.field(key).type)) not in ("string", "large_string", "string_view"):
             raise UserError(f"{path}: column {key!r} holds {kind}, not text; --text_key names another")
         row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
-
-        def place() -> str:
-            return f"{path}:row {row}"
-
         try:
             for batch in file.iter_batches(64, row_groups=range(span.start, span.stop), columns=[key]):
                 for value in batch.column(0):
                     row += 1
-                    yield from document(value.as_py() or "", place, config)
+                    yield from document(value.as_py() or "", lambda row=row: f"{path}:row {row}", config)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: damaged near row {row + 1}: {error}") from None
 
 
 def hub_dataset(name: str) -> Any:
-    """hf://NAME[:CONFIG][:SPLIT] as a streaming dataset. A single word after the name is a configuration if one has that name,
-    else a split.
+    """hf://NAME[:CONFIG][:SPLIT] as a streaming dataset. A single word after the name is a configuration if one is called that.
 
     Raises UserError if the library is missing or the hub has no such dataset, MachineError if the hub cannot be reached.
     """
@@ -123,11 +116,6 @@ def hub_dataset(name: str) -> Any:
         raise MachineError(f"{name}: the hub cannot be reached ({type(error).__name__}); is there a network?") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{name}: {error}") from None
-
-
-def hub_spans(name: str) -> list[Span]:
-    """A span for each shard of a hub dataset."""
-    return [Span(name, "hub", i, i + 1, 0) for i in range(hub_dataset(name).num_shards)]
 
 
 def read_hub(span: Span, config: ReadingOptions) -> Iterator[Fragment]:

@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, AnyStr
 
 from papagaio.corpus.spans import Fragment
 from papagaio.errors import UserError
@@ -81,38 +81,45 @@ def line_of(path: str, position: int) -> int:
     return 1 + sum(block.count(b"\n") for block in blocks_of(path, 0, position))
 
 
-def records(blocks: Iterable[str], separator: str) -> Iterator[Fragment]:
-    """The texts between matches of a regular expression. A long one comes in several fragments."""
-    find = re.compile(separator).finditer
-    buffer, first = "", True
-    for block in chain(blocks, [""]):
+def split(blocks: Iterable[AnyStr], separator: AnyStr) -> Iterator[tuple[AnyStr, AnyStr | None]]:
+    """Each text between matches of a regular expression, and the match behind it: empty at the end, None in a long text."""
+    find, buffer = re.compile(separator).finditer, separator[:0]
+    for block in chain(blocks, [separator[:0]]):
         buffer, start = buffer + block, 0
         # A separator that only whitespace follows may continue in the next block.
         certain = len(buffer.rstrip()) if block else sys.maxsize
         for match in find(buffer):
             if match.end() >= certain:
                 break
-            yield Fragment(buffer[start : match.start()], first, True)
-            start, first = match.end(), True
+            yield buffer[start : match.start()], match[0]
+            start = match.end()
         buffer = buffer[start:]
         if len(buffer) > LONG_RECORD:
             keep = SEPARATOR_BYTES + len(buffer) - len(buffer.rstrip())  # may hold the beginning of a separator
             if buffer[:-keep]:
-                yield Fragment(buffer[:-keep], first, False)
-                buffer, first = buffer[-keep:], False
-    if buffer or not first:
-        yield Fragment(buffer, first, True)
+                yield buffer[:-keep], None
+                buffer = buffer[-keep:]
+    yield buffer, separator[:0]
+
+
+def records(blocks: Iterable[str], separator: str) -> Iterator[Fragment]:
+    """The texts between matches of a regular expression. A long one comes in several fragments."""
+    first = True
+    for text, match in split(blocks, separator):
+        if text or match or not first:  # nothing follows a separator at the very end
+            yield Fragment(text, first, match is not None)
+        first = match is not None
 
 
 def one_document(blocks: Iterable[str], first: bool, last: bool) -> Iterator[Fragment]:
     """Blocks of one document as fragments; `first` and `last` tell whether the document begins and ends in them."""
-    before = None
+    before = ""
     for text in blocks:
-        if before is not None:
+        if before:
             yield Fragment(before, first, False)
             first = False
         before = text
-    yield Fragment(before or "", first, last)
+    yield Fragment(before, first, last)
 
 
 def without_outer_newlines(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
@@ -127,39 +134,28 @@ def without_outer_newlines(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
 _found: dict[tuple[str, str, int, int], tuple[int, int, int]] = {}
 
 
-def record_boundary(path: str, position: int, separator: str) -> int:
-    """The position after the first separator that follows `position`: there the next record begins."""
+def boundary(path: str, position: int, separator: str | None) -> int:
+    """The first position from `position` on at which a part of a file may begin.
+
+    That is behind the next separator or, if the file is one document, where a cut does not change the tokens.
+    """
     status = os.stat(path)
-    size, key = status.st_size, (path, separator, status.st_size, status.st_mtime_ns)
-    if position <= 0 or position >= size:
-        return max(0, min(position, size))
+    if not 0 < position < status.st_size:
+        return min(position, status.st_size)
+    if separator is None:
+        with open(path, "rb") as file:
+            file.seek(position)
+            data = file.read(2**18)  # a chunk has up to 65,536 characters of 4 bytes
+        text = data.lstrip(bytes(range(0x80, 0xC0)))  # from the first byte of a character on
+        chunk = next(iter(text_chunks(text.decode("utf-8", errors="ignore"))), "")
+        return position + len(data) - len(text) + len(chunk.encode())
+    key = (path, separator, status.st_size, status.st_mtime_ns)
     known = _found.get(key)
-    if known and known[0] <= position <= known[1]:
-        return known[2]
-    find = re.compile(separator.encode()).finditer
-    asked, buffer = position, b""
-    for block in chain(blocks_of(path, position, -1), [b""]):
-        buffer += block
-        certain = len(buffer.rstrip()) if block else sys.maxsize  # as in `records`
-        match = next((match for match in find(buffer) if match.end() < certain), None)
-        if match:
-            _found[key] = asked, position + match.start(), position + match.end()
-            return position + match.end()
-        keep = SEPARATOR_BYTES + len(buffer) - len(buffer.rstrip())
-        position += max(0, len(buffer) - keep)
-        buffer = buffer[-keep:]
-    _found[key] = asked, size, size
-    return size
-
-
-def document_boundary(path: str, position: int) -> int:
-    """The first position from `position` on at which a text may be cut without changing its tokens."""
-    size = os.path.getsize(path)
-    if position <= 0 or position >= size:
-        return max(0, min(position, size))
-    with open(path, "rb") as file:
-        file.seek(position)
-        data = file.read(2**18)  # a chunk has up to 65,536 characters of 4 bytes
-    text = data.lstrip(bytes(range(0x80, 0xC0)))  # from the first byte of a character on
-    chunk = next(iter(text_chunks(text.decode("utf-8", errors="ignore"))), "")
-    return position + len(data) - len(text) + len(chunk.encode())
+    if not known or not known[0] <= position <= known[1]:
+        start = position
+        for skipped, match in split(blocks_of(path, position, -1), separator.encode()):
+            start += len(skipped)
+            if match is not None:
+                break
+        known = _found[key] = position, start, start + len(match)
+    return known[2]

@@ -26,10 +26,9 @@ def in_parallel(jobs: Sequence[Job], workers: int, sizes: Sequence[int] | None =
     """
     tqdm.monitor_interval = 0  # no thread beside the bar: forking needs a process with a single thread
     terminal = sys.stderr.isatty()  # elsewhere a line is printed now and then, for large inputs
-    shown = sizes and (terminal or sum(sizes) > 2**28)
-    seconds = 0.1 if terminal else 30
-    sizes = sizes or [0] * len(jobs)
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=not shown, mininterval=seconds, desc="encoding") as bar:
+    hidden = not (sizes and (terminal or sum(sizes) > 2**28))
+    sizes, seconds = sizes or [0] * len(jobs), 0.1 if terminal else 30
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=hidden, mininterval=seconds, desc="encoding") as bar:
         if min(workers, len(jobs)) <= 1:
             for (function, *arguments), size in zip(jobs, sizes, strict=True):
                 yield function(*arguments)

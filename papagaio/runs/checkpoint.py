@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -89,7 +89,6 @@ class CheckpointManifest(Manifest):
     """manifest.json."""
 
     of: ClassVar[str] = "a whole checkpoint's manifest"
-
     files: dict[FileName, Sha256]
 
 
@@ -106,16 +105,12 @@ class Checkpoint:
     base: "Checkpoint | None" = None  # for adapters: the checkpoint they belong to
 
     @property
-    def has_adapters(self) -> bool:
-        return self.weights.name == ADAPTERS
-
-    @property
     def is_chat(self) -> bool:
         """Whether the model was fine-tuned and answers questions, or continues text as pretraining left it."""
         return self.state.get("stage") == "finetune"
 
     def outline(self, make_model: MakeModel) -> nn.Module:
-        """The model of model.json on the meta device, without weights; for make_model see `model_maker`. Raises UserError if
+        """The model of model.json on the meta device, without weights (make_model: see `model_maker`). Raises UserError if
         model.json describes no model, or one that the saved weights do not fit."""
         try:
             with torch.device("meta"), _WithoutDraws():
@@ -128,22 +123,19 @@ class Checkpoint:
     def build(self, make_model: MakeModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The model for generation: with the saved weights, matrices in dtype. Weights whose type is kept are memory-mapped."""
         model = self.outline(make_model)
-        self.load_model(model, dtype)
+        tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in self._tensors().items()}
+        model.load_state_dict(tensors, assign=True)
         return model.to(device).eval()
 
-    def load_model(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        """Copy the saved weights into a model, or assign them to one on the meta device, with matrices in dtype. Adapters are
-        put into a model that has adapters, and are added to the weights of any other. Raises UserError if names, types or shapes
-        differ, before more than the file's header is read; MachineError if weights are not finite."""
-        if self.has_adapters and adapters(model):
+    def load_model(self, model: nn.Module) -> None:
+        """Copy the saved weights into a model. Adapters are put into a model that has adapters, and are added to the weights of
+        any other. Raises UserError if names, types or shapes differ, MachineError if weights are not finite."""
+        if self.base is not None and adapters(model):
             compare(self.weights, adapter_state(model)[0], "the model with adapters", "they have another rank or other targets")
-            load_adapters(model, _load_tensors(self.weights))
-            return
-        self._compare(model.state_dict())
-        tensors = self._tensors()
-        if dtype is not None:
-            tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
-        model.load_state_dict(tensors, assign=next(model.parameters()).is_meta)
+            load_adapters(model, finite_tensors(self.weights))
+        else:
+            self._compare(model.state_dict())
+            model.load_state_dict(self._tensors())
 
     def _compare(self, weights: Mapping[str, Tensor]) -> None:
         """Raises UserError unless the saved weights have the names, types and shapes of `weights`, and the adapters fit them."""
@@ -151,11 +143,13 @@ class Checkpoint:
             compare(self.weights, weights)
             return
         self.base._compare(weights)
-        compare(self.weights, expected(weights, header(self.weights), self._adapter_config()["r"]), "the model with adapters")
+        compare(
+            self.weights, expected(weights, read_tensors(self.weights), self._adapter_config()["r"]), "the model with adapters"
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         """The saved weights, with adapters added."""
-        tensors = _load_tensors(self.weights)
+        tensors = finite_tensors(self.weights)
         return tensors if self.base is None else merged(self.base._tensors(), tensors, self._adapter_config())
 
     def _adapter_config(self) -> dict[str, Any]:
@@ -170,32 +164,29 @@ class Checkpoint:
         """Restore the saved state of the optimizers. Raises UserError if they are other optimizers."""
         path = self.path / "optimizer.safetensors"
         names = {p: name for name, p in model.named_parameters()}
-        found, wanted, places = header(path), {}, []
+        saved, wanted = finite_tensors(path), {}
         for i, optimizer in enumerate(optimizers):
             for p, tensors in expected_state(optimizer).items():
-                named = {f"{i}.{names[p]}.{key}": tensor for key, tensor in tensors.items()}
-                if named.keys() & found.keys():  # otherwise it has made no step yet
-                    wanted |= named
-                    places.append((optimizer, p, named))
+                named = {key: f"{i}.{names[p]}.{key}" for key in tensors}
+                if saved.keys() & named.values():  # otherwise it has made no step yet
+                    wanted |= {named[key]: tensor for key, tensor in tensors.items()}
+                    optimizer.state[p] = {key: saved[name].to(p.device) for key, name in named.items() if name in saved}
         compare(path, wanted, "this optimizer", "made with another optimizer? resume with the run's own options")
-        saved = _load_tensors(path)
-        for optimizer, p, named in places:
-            optimizer.state[p] = {name.rpartition(".")[2]: saved[name].to(p.device) for name in named}
 
     def check_sizes(self) -> None:
         """Raises UserError if sizes in model.json contradict the tokenizer or the weights: even meta layers take memory."""
         holder = self
         while holder.base is not None:
             holder = holder.base
-        tensors = header(holder.weights)
-        largest = max((size for _, shape in tensors.values() for size in shape), default=1)
+        tensors = read_tensors(holder.weights)
+        largest = max((size for tensor in tensors.values() for size in tensor.shape), default=1)
         tokens = self.tokenizer.vocab_size
         limits = {"vocab_size": (tokens, tokens), "n_layer": (1, len(tensors)), "n_embd": (1, largest)}
         for name, (least, most) in (limits | {"block_size": (1, LONGEST_CONTEXT)}).items():
             value = self.model_fields.get(name)
             if type(value) is not int or not least <= value <= most:
-                allowed = f"allow {least:,} to {most:,}; {CURE}"
-                raise UserError(f"{self.path / 'model.json'}: {name} is {value!r}; the tokenizer and weights beside it {allowed}")
+                place = f"{self.path / 'model.json'}: {name} is {value!r}"
+                raise UserError(f"{place}; the tokenizer and weights beside it allow {least:,} to {most:,}; {CURE}")
 
 
 class _WithoutDraws(TorchFunctionMode):
@@ -220,8 +211,7 @@ def model_maker(model_class: type[nn.Module], config_class: type) -> MakeModel:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify a checkpoint directory and read its small files; directory.open_checkpoint does so for any path. Raises UserError,
-    which names the file concerned."""
+    """Verify a checkpoint directory and read its small files. Raises UserError, which names the file concerned."""
     hashes = files.read_manifest(path / "manifest.json", CheckpointManifest, CURE)["files"]
     weights = ADAPTERS if ADAPTERS in hashes else WEIGHTS
     needed = {weights, "model.json", "state.json", "optimizer.safetensors", "tokenizer/tokenizer.json"}
@@ -240,34 +230,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, fields, state, load_tokenizer(path / "tokenizer"), path / weights, hashes[weights])
 
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
-Kind = tuple[str, tuple[int, ...]]  # a tensor's type and shape
-
-
-def header(path: Path) -> dict[str, Kind]:
-    """Type and shape of each tensor in a safetensors file, by name, without reading the tensors. Raises UserError."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, memory-mapped: only what is used is read. Raises UserError if it is none."""
     try:
-        with safe_open(path, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+        return load_file(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         refuse_pickle(path, SAVE_TENSORS)
         raise UserError(f"{path}: not a safetensors file: {error}; {CURE}") from None
-    return {name: (DTYPES.get(dtype, dtype), shape) for name, (dtype, shape) in kinds.items()}
 
 
 def compare(path: Path, wanted: Mapping[str, Tensor], who: str = "the model", cure: str = CURE) -> None:
     """Raises UserError unless a safetensors file has exactly the names, types and shapes of `wanted`, which `who` has."""
-    found = header(path)
+    found = read_tensors(path)
     for name in (*wanted, *(found.keys() - wanted.keys())):
-        right = (str(wanted[name].dtype).removeprefix("torch."), tuple(wanted[name].shape)) if name in wanted else None
-        if found.get(name) != right:
-            is_, has = (f"{kind[0]} {list(kind[1])}" if kind else "missing" for kind in (found.get(name), right))
+        is_, has = (
+            "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            for tensor in (found.get(name), wanted.get(name))
+        )
+        if is_ != has:
             raise UserError(f"{path}: {name} is {is_} where {who} has {has}; {cure}")
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    tensors = load_file(path)
+def finite_tensors(path: Path) -> dict[str, Tensor]:
+    """Like `read_tensors`, but raises MachineError for numbers that are not finite."""
+    tensors = read_tensors(path)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise MachineError(f"{path}: {name} holds numbers that are not finite")

@@ -6,7 +6,6 @@ checkpoints/last, checkpoints/best                      small text files with th
 """
 
 import dataclasses
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch import nn
 from papagaio.errors import MachineError, UserError
 from papagaio.files import SAVE_TENSORS, discard, read_text, refuse_pickle, write_whole
 from papagaio.options import load_toml
-from papagaio.runs.checkpoint import Checkpoint, contents, read_checkpoint
+from papagaio.runs.checkpoint import ADAPTERS, Checkpoint, contents, read_checkpoint
 from papagaio.tokenizer import Tokenizer
 from papagaio.training.optimizers import moment_bytes
 from papagaio.training.options import RunOptions
@@ -85,28 +84,20 @@ def _saved_progress(
     try:
         if state.keys() != wanted.keys() or not isinstance(state["options"], dict):
             raise ValueError
-        fields = {field.name: state[field.name] for field in dataclasses.fields(Progress)}
-        progress = TypeAdapter(Progress).validate_python(fields)
+        progress = TypeAdapter(Progress).validate_python({key: state[key] for key in dataclasses.asdict(Progress())})
     except ValueError:  # or pydantic's, which is one
-        path = checkpoint.path / "state.json"
-        raise UserError(
-            f"{path}: made by another version of papagaio, which alone can resume it; --overwrite begins anew"
-        ) from None
+        remedy = "made by another version of papagaio, which alone can resume it; --overwrite begins anew"
+        raise UserError(f"{checkpoint.path / 'state.json'}: {remedy}") from None
     found = state | state["options"] | checkpoint.model_fields | {"tokenizer": checkpoint.tokenizer.sha256}
     mine = dataclasses.asdict(identity) | wanted["options"] | dataclasses.asdict(model.config) | {"tokenizer": tokenizer.sha256}
     differing = [key for key, value in mine.items() if key in found and found[key] != value]
     if differing:
-        changes = "; ".join(f"{key} was {_short(found[key])}, now it is {_short(mine[key])}" for key in differing)
+        changes = "; ".join(f"{key} was {found[key]!r:.60}, now it is {mine[key]!r:.60}" for key in differing)
         free = ", ".join(config.by_resume("free"))
         raise UserError(f"{checkpoint.path}: {changes}; resume as it was. What may change: {free}")
     if progress.step > config.max_steps:
         raise UserError(f"{checkpoint.path}: already beyond --max_steps={config.max_steps}")
     return progress
-
-
-def _short(value: Any) -> str:
-    """A value as Python writes it; of a sha256 only the beginning."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
 def refuse_full_disk(model: nn.Module, optimizers: list[torch.optim.Optimizer], config: RunOptions, step: int) -> None:
@@ -126,8 +117,8 @@ def refuse_full_disk(model: nn.Module, optimizers: list[torch.optim.Optimizer], 
 
 def steps_saved(checkpoints: Path) -> list[int]:
     """The steps of the checkpoints in a directory, in order."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
+    steps = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def prune(checkpoints: Path, step: int, keep: int) -> None:
@@ -162,7 +153,7 @@ def open_checkpoint(path: Path, base: Path | None = None, above: tuple[Path, ...
     patience, otherwise its last. `base` is the checkpoint to which adapters belong, by default that in their run's config.toml;
     `above` are the adapters whose base is being opened. Raises UserError."""
     checkpoint = read_checkpoint(resolve(path))
-    if checkpoint.has_adapters:
+    if checkpoint.weights.name == ADAPTERS:
         checkpoint = dataclasses.replace(checkpoint, base=_open_base(checkpoint, base, (*above, checkpoint.path.resolve())))
     checkpoint.check_sizes()
     return checkpoint

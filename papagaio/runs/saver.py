@@ -28,11 +28,10 @@ class Saver:
 
     def __init__(self, config: RunOptions, tokenizer: Tokenizer, log: RunLog, saved: int | None) -> None:
         self.directory, self.keep, self.tokenizer, self.log = config.out_dir / "checkpoints", config.keep, tokenizer, log
-        self.picture = config.out_dir / "loss.png"
         self.saved = self.asked = saved
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self.tasks: list[Future[Any]] = []
-        self.copy: dict[str, dict[str, Tensor]] = {}
+        self.copies: dict[tuple[str, str], Tensor] = {}  # by file and name
 
     def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
         """Save the state after state["step"] steps, unless it is saved already. Waits for the save before."""
@@ -42,17 +41,18 @@ class Saver:
         found = contents(model, optimizers, state)
         copied = self._copied(found.tensors)
         self.asked = state["step"]
-        self._later(self._save, self.asked, found._replace(tensors=copied))
+        self.tasks.append(self.pool.submit(self._save, self.asked, found._replace(tensors=copied)))
         if copied is found.tensors:
             self.wait()
 
     def mark_best(self) -> None:
         """Let `best` name the checkpoint that was saved last, once it is on the disk."""
-        self._later(self._mark_best, self.asked)
+        self.tasks.append(self.pool.submit(self._mark_best, self.asked))
 
     def plot(self) -> None:
         """Draw the losses so far."""
-        self._later(self._attempt, f"{self.picture.name} was not drawn", plot_losses, self.log.path, self.picture)
+        arguments = ("loss.png was not drawn", plot_losses, self.log.path, self.log.path.with_name("loss.png"))
+        self.tasks.append(self.pool.submit(self._attempt, *arguments))
 
     def wait(self) -> None:
         """Wait until all tasks so far are done, or have failed."""
@@ -67,12 +67,9 @@ class Saver:
             kept = f"{self.directory}/step-{self.saved} is kept" if self.saved is not None else "there is no checkpoint"
             raise MachineError(f"step {self.asked} could not be saved; {kept}, and --resume goes on from there")
 
-    def _later(self, work: Callable[..., Any], *arguments: Any) -> None:
-        self.tasks.append(self.pool.submit(work, *arguments))
-
     def _save(self, step: int, found: Contents) -> None:
-        if self._attempt(f"step-{step} was not saved", self._write, step, found):
-            self._prune(step)
+        self._attempt(f"step-{step} was not saved", self._write, step, found)
+        self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
 
     def _write(self, step: int, found: Contents) -> None:
         self.log.sync()
@@ -81,48 +78,35 @@ class Saver:
         self.saved = step
 
     def _mark_best(self, step: int) -> None:
-        best = self.directory / "best"
-        if self.saved == step and self._attempt("checkpoints/best was not changed", write_whole, best, f"step-{step}\n"):
-            self._prune(step)
+        if self.saved == step:
+            self._attempt("checkpoints/best was not changed", write_whole, self.directory / "best", f"step-{step}\n")
+            self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
 
-    def _prune(self, step: int) -> None:
-        self._attempt("old checkpoints were not deleted", prune, self.directory, step, self.keep)
-
-    def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> bool:
-        """Call `work`, print a warning if the disk fails, and return whether it succeeded."""
+    def _attempt(self, failure: str, work: Callable[..., None], *arguments: Any) -> None:
+        """Call `work`; print a warning if the disk fails."""
         try:
             work(*arguments)
         except (OSError, SafetensorError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             self.log.say(f"warning: {failure}: {reason}; what was saved before is kept, and the next save tries again")
-            return False
-        return True
 
     def _copied(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """A copy of the tensors, in memory that the next save uses again, page-locked for a GPU; the tensors themselves if there
         is too little memory, and then saving blocks training."""
-        every = [tensor for named in tensors.values() for tensor in named.values()]
-        if _shapes(self.copy) != _shapes(tensors):
-            free = runtime.free_memory(torch.device("cpu"))
-            if free is not None and free < 2 * sum(tensor.nbytes for tensor in every):
-                return tensors
-            self.copy = {
-                file: {name: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for name, t in named.items()}
-                for file, named in tensors.items()
-            }
-        for file, named in tensors.items():
-            for name, tensor in named.items():
-                self.copy[file][name].copy_(tensor.detach(), non_blocking=True)
-        for device in {tensor.device for tensor in every}:
+        every = {(file, name): tensor.detach() for file, named in tensors.items() for name, tensor in named.items()}
+        new = {key: tensor for key, tensor in every.items() if key not in self.copies}
+        free = runtime.free_memory(torch.device("cpu"))
+        if new and free is not None and free < 2 * sum(tensor.nbytes for tensor in new.values()):
+            return tensors
+        self.copies |= {key: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for key, t in new.items()}
+        for key, tensor in every.items():
+            self.copies[key].copy_(tensor, non_blocking=True)
+        for device in {tensor.device for tensor in every.values()}:
             runtime.synchronize(device)
-        return self.copy
+        return {file: {name: self.copies[file, name] for name in named} for file, named in tensors.items()}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown()
-
-
-def _shapes(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
-    return {file: {name: (t.shape, t.dtype) for name, t in named.items()} for file, named in tensors.items()}

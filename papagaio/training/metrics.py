@@ -57,6 +57,17 @@ class RunLog:
             shown = " ".join(f"{key} {value:.5g}" for key, value in values.items())
             self.say(f"step {progress.step:,}/{self.bar.total:,} {shown}")
 
+    def write_evaluation(self, progress: Progress, text: str, epoch: float, **measured: float) -> bool:
+        """The line of an evaluation, a warning of overfitting, and a text of the model; returns whether val_loss is the best."""
+        self.write(progress, epoch=epoch, **measured)
+        best = progress.note_evaluation(measured["val_loss"])
+        if progress.overfits(measured["val_loss"]) and not progress.overfitting_reported:
+            self.say(progress.overfitting_notice(measured["val_loss"], epoch))
+            progress.overfitting_reported = True
+        if text:
+            self.say("  | " + text.replace("\n", "\n  | "))
+        return best
+
     def write_training(self, progress: Progress, flops_per_token: int, peak: float | None, **values: float) -> None:
         """The line of the steps since the one before: train_loss, the finite ones of these values, and the speed.
 

@@ -96,25 +96,17 @@ class TrainingStep:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self.refuse_out_of_memory(size)
+                if not self.config.auto_microbatch or size == 1:
+                    lower = "micro_batch_size" if size > 1 else "block_size, or add --activation_checkpointing"
+                    raise MachineError(
+                        f"out of memory at step {self.progress.step + 1:,}, with {size} sequences at a time: lower {lower} (or "
+                        "let --auto_microbatch do it); what was saved is kept, --resume goes on from there"
+                    ) from None
             part = micro = None  # release their memory
-            size = self.halve(size)
-
-    def refuse_out_of_memory(self, size: int) -> None:
-        """Raises MachineError unless the step can be repeated with fewer sequences at a time."""
-        if not self.config.auto_microbatch or size == 1:
-            lower = "micro_batch_size" if size > 1 else "block_size, or add --activation_checkpointing"
-            raise MachineError(
-                f"out of memory at step {self.progress.step + 1:,}, with {size} sequences at a time: lower {lower} (or let "
-                "--auto_microbatch do it); what was saved is kept, --resume goes on from there"
-            ) from None
-
-    def halve(self, size: int) -> int:
-        self.model.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        size //= 2
-        self.progress.micro_batch_size = size
-        step = self.progress.step + 1
-        self.say(f"out of memory: from step {step:,} on {size} sequences at a time, micro_batch_size={size}")
-        return size
+            self.model.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            size = self.progress.micro_batch_size = size // 2
+            self.say(
+                f"out of memory: from step {self.progress.step + 1:,} on {size} sequences at a time, micro_batch_size={size}"
+            )
