@@ -11,7 +11,7 @@ line. In a conversation /help lists the commands. A model that was not fine-tune
 import sys
 
 from papagaio.errors import UserError, run
-from papagaio.generation.options import ModelOptions, SamplingOptions
+from papagaio.generation.options import ModelOptions, SamplingOptions, sampling_option
 from papagaio.options import option, parse
 
 
@@ -20,9 +20,7 @@ class ChatOptions(SamplingOptions, ModelOptions):
 
     ask: str | None = option(None, "one question; the answer is printed and the script ends", group="Questions")
     system: str = option("", "message to the model before the conversation", group="Questions")
-    temperature: float = option(
-        0.0, "divides the logits; 0: always the most probable token, 1: the model's own distribution", group="Sampling", ge=0
-    )
+    temperature: float = sampling_option(0.0, "divides the logits; 0: always the most probable token, 1: as trained", ge=0)
 
 
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
@@ -125,7 +123,7 @@ def save(chat: Chat, name: str) -> None:
         raise UserError("/save FILE: a name is needed")
     if not chat.turns:
         raise UserError("nothing to save: the conversation is empty")
-    messages = [message.model_dump() for message in chat.messages]
+    messages = [message.model_dump() for message in chat.messages()]
     try:
         with Path(name).expanduser().open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

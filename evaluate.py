@@ -27,9 +27,7 @@ class EvaluateOptions(Options):
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="Model", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of matrix products, as in train.py", group="Model")
     batch_size: int = option(64, "questions, or windows of text, of one forward pass", group="Model", ge=1)
-    text: tuple[str, ...] = option(
-        (), "bits per byte of these: texts as data/prepare.py reads them, or a dataset's validation split", group="Measures"
-    )
+    text: tuple[str, ...] = option((), "bits per byte of texts (see data/prepare.py), or of a validation split", group="Measures")
     questions: tuple[Path, ...] = option((), "questions with answers, in the formats of finetune.py's --data", group="Measures")
     choices: tuple[Path, ...] = option((), 'multiple choice: {"question", "choices", "answer"}', group="Measures")
     shots_data: Path | None = option(None, "questions with answers to show a base model before each question", group="Measures")
@@ -90,16 +88,14 @@ def main(config: EvaluateOptions) -> None:
     texts = {name: open_text(name, checkpoints) for name in config.text}
     device = runtime.pick_device(config.device)
     columns: list[dict[str, dict[str, Any]]] = []
-    answers: list[dict[Path, list[Answer]]] = []
-    for path, checkpoint in zip(config.checkpoint, checkpoints, strict=True):
+    answers: dict[tuple[Path, int], list[Answer]] = {}  # by file of questions and number of the checkpoint
+    for number, (path, checkpoint) in enumerate(zip(config.checkpoint, checkpoints, strict=True)):
         print(f"{path}: measuring", file=sys.stderr)
         model = kernels.accelerate(checkpoint.build(model_maker(GPT, GPTConfig), device, torch.float32))
         engine = Engine(model, checkpoint.tokenizer, runtime.pick_dtype(config.dtype, device), checkpoint.is_chat)
         column = {f"text {name}": measure_text(engine, source, config.batch_size) for name, source in texts.items()}
-        answers.append({})
         for file, rows in questions.items():
-            measures, answers[-1][file] = measure_questions(engine, rows, pool, config)
-            column[f"questions {file}"] = measures
+            column[f"questions {file}"], answers[file, number] = measure_questions(engine, rows, pool, config)
         for file, rows in choices.items():
             picked = choose(engine, rows, None if engine.is_chat else pool[: config.shots])
             right = [index == row.right() for index, row in zip(picked, rows, strict=True)]
@@ -110,8 +106,8 @@ def main(config: EvaluateOptions) -> None:
     for file, rows in questions.items():
         for i, conversation in enumerate(rows[: config.show]):
             print(f"\n{conversation.messages[-2].content} (right: {conversation.answer})")
-            for path, by_file in zip(config.checkpoint, answers, strict=True):
-                print(f"  {path}: {by_file[file][i].text}")
+            for number, path in enumerate(config.checkpoint):
+                print(f"  {path}: {answers[file, number][i].text}")
     if config.json_ is not None:
         results = [{"checkpoint": str(p), "results": c} for p, c in zip(config.checkpoint, columns, strict=True)]
         write_whole(config.json_, to_json(results))
@@ -133,10 +129,10 @@ def measure_questions(
     """The measures of a file of questions, also by language and kind if there are several, and the answers."""
     shots = None if engine.is_chat else [choose_shots(pool, row, config.shots) for row in rows]
     answers = answer_questions(engine, rows, 2 * config.batch_size, shots)
-    each = shots or [None] * len(rows)
-    ids = [question_ids(engine.tokenizer, row, shown, engine.block_size, 0) for row, shown in zip(rows, each, strict=True)]
-    nats = answer_nats(engine, ids, config.batch_size)
-    measures = scores(answers) | {"perplexity of the answers": answer_perplexity(nats, ids)}
+    asked = zip(rows, shots or [None] * len(rows), strict=True)
+    ids = [question_ids(engine.tokenizer, *question, engine.block_size, 0) for question in asked]
+    perplexity = answer_perplexity(answer_nats(engine, ids, config.batch_size), ids)
+    measures = scores(answers) | {"perplexity of the answers": perplexity}
     for group in ("language", "kind"):
         names = sorted({getattr(row, group) for row in rows})
         for name in names if len(names) > 1 else []:
@@ -171,12 +167,9 @@ def table(names: list[str], columns: list[dict[str, dict[str, Any]]]) -> str:
         for measure in measures:
             values = [column[what][measure] for column in columns]
             rows.append([f"  {measure}", *[f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values]])
-    first, *widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        f"{label:<{first}}" + "".join(f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
-        for label, *values in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    first, *others = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    line = "  ".join([f"{{:<{first}}}", *[f"{{:>{width}}}" for width in others]])
+    return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

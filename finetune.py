@@ -15,7 +15,7 @@ import random
 import sys
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -44,31 +44,18 @@ class FinetuneOptions(RunOptions):
 
     init_from: Path = option(..., "checkpoint to start from: a run, or a checkpoint directory", group="Run", resume="content")
     data: tuple[str, ...] = _data(
-        ...,
-        "questions and answers: .jsonl, .json, .csv or .parquet files; with FILE:2 an epoch has each row twice",
-        resume="content",
-        min_length=1,
+        ..., "questions: .jsonl, .json, .csv or .parquet; with FILE:2 an epoch has each row twice", resume="content", min_length=1
     )
     val_data: Path | None = _data(None, "questions for the validation loss (default: a part of --data)", resume="content")
-    val_fraction: float = _data(
-        0.05, "part of --data held out by a hash, without --val_data; 0: none, val_loss is of the training data", ge=0, lt=1
-    )
+    val_fraction: float = _data(0.05, "part of --data held out, without --val_data (0: none, measured on all)", ge=0, lt=1)
     test_data: Path | None = _data(None, "questions asked at the end: exact match of greedy answers", resume="content")
-    control_data: Path | None = _data(
-        None, "questions whose answers pretraining left out: how far guessing gets", resume="content"
-    )
-    preview: int | None = _data(
-        None, "show this many training examples, supervised tokens in colour, and stop", resume="ignored", ge=1
-    )
+    control_data: Path | None = _data(None, "questions that pretraining left out: how far guessing gets", resume="content")
+    preview: int | None = _data(None, "show this many examples, supervised tokens in colour, and stop", resume="ignored", ge=1)
     too_long: Literal["drop", "truncate"] = _data("drop", "conversations longer than the context: drop, or cut the answer")
     keep_duplicates: bool = _data(False, "keep conversations that occur more than once")
     packing: bool = _data(True, "several conversations in a row, each attending to itself only, which saves padding")
-    replay_data: Path | None = _replay(
-        None, "dataset directory with pretraining text, mixed in against forgetting", resume="content"
-    )
-    replay: float = _replay(
-        0.1, "fraction of a step's sequences that are windows of --replay_data, as long as the context", ge=0, lt=1
-    )
+    replay_data: Path | None = _replay(None, "dataset directory whose text is mixed in against forgetting", resume="content")
+    replay: float = _replay(0.1, "fraction of a step's sequences that are windows of --replay_data", ge=0, lt=1)
     train_on: Literal["all", "last"] = _train("all", "supervised turns of the assistant: all, or the last of each conversation")
     freeze_layers: int = _train(0, "number of blocks, from the first, that do not change", ge=0)
     freeze_embeddings: bool = _train(False, "the embeddings (and a head that shares their table) do not change")
@@ -78,9 +65,7 @@ class FinetuneOptions(RunOptions):
     lora_alpha: float | None = _lora(None, "adapters are scaled by alpha / rank (default: twice the rank)", gt=0)
     lora_targets: tuple[str, ...] = _lora((), "linear layers with adapters: q k v proj fc gate head (default: all)")
     lora_merge: bool = _lora(False, "at the end, write merged/ too: a checkpoint with adapters added in", resume="ignored")
-    base: Path | None = _lora(
-        None, "if init_from holds adapters: the checkpoint they were trained for, if it has moved", resume="content"
-    )
+    base: Path | None = _lora(None, "checkpoint that init_from's adapters were trained for, if it has moved", resume="content")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -129,15 +114,14 @@ def main(config: FinetuneOptions) -> None:
     checkpoint = open_checkpoint(config.init_from, config.base)
     checkpoint.outline(model_maker(GPT, GPTConfig))  # refuses a model.json that the weights do not fit
     tokenizer, block_size = checkpoint.tokenizer, checkpoint.model_fields["block_size"]
-    test = read_conversations(config.test_data) if config.test_data else []
-    control = read_conversations(config.control_data) if config.control_data else []
+    test, control = (read_conversations(path) if path else [] for path in (config.test_data, config.control_data))
     data = read_data(config, tokenizer, block_size, test)
     if config.preview is not None:
         for example in data.training[: config.preview]:
-            print(*marked(example, tokenizer, colours(sys.stdout)), sep="\n")
+            print(marked(example, tokenizer, colours(sys.stdout)))
         return
     print("the first example, with its supervised tokens marked:", file=sys.stderr)
-    print(*marked(data.training[0], tokenizer, colours(sys.stderr)), sep="\n", file=sys.stderr)
+    print(marked(data.training[0], tokenizer, colours(sys.stderr)), file=sys.stderr)
     config = complete_options(config, checkpoint, data)
     replay, replay_validation = open_replay(config, tokenizer, block_size, data)
     device = runtime.pick_device(config.device)
@@ -148,8 +132,12 @@ def main(config: FinetuneOptions) -> None:
     def make_model(**changes: Any) -> GPT:
         return GPT(GPTConfig(**checkpoint.model_fields | {"dropout": config.dropout} | changes))
 
+    order = data.training, data.mixture, config.batch_size
+    if data.pairs:
+        loader = PairLoader(*order, torch.zeros(len(data.training), 2), replay=replay)  # the reference is computed below
+    else:
+        loader = ConversationLoader(*order, block_size, packing=config.packing, replay=replay)
     if config.dry_run:
-        loader = make_loader(config, data, block_size, replay, torch.zeros(len(data.training), 2))
         evaluated = sum(item.length for item in data.validation)
         dry_run(lambda **changes: restrict(make_model(**changes), config), loader, objective, config, device, evaluated)
         return
@@ -161,20 +149,19 @@ def main(config: FinetuneOptions) -> None:
     print(f"{trained:,} of {every:,} parameters are trained ({trained / every:.1%}), on {device}", file=sys.stderr)
     engine = Engine(model, tokenizer, dtype, is_chat=True)
     with locked(config):
-        reference = None
         if data.pairs:
-            reference = preferences.reference_log_probabilities(model, [*data.training, *data.validation], dtype)
+            pairs = [*data.training, *data.validation]
+            reference = loader.reference = preferences.reference_log_probabilities(model, pairs, dtype)
             size, held_out = config.micro_batch_size or config.batch_size, reference[len(data.training) :]
             parts = [slice(i, i + size) for i in range(0, len(data.validation), size)]
             validation = [preferences.collate_pairs(data.validation[part], held_out[part]) for part in parts]
+            measure = partial(preferences.evaluate_pairs, model, validation, config.dpo_beta, dtype)
         else:
             validation = evaluation_batches(data.validation, block_size, config.micro_batch_size or 64, config.packing)
+            measure = partial(evaluate_loss, model, validation, tokenizer, dtype)
 
         def evaluate() -> dict[str, float]:
-            if data.pairs:
-                measured = preferences.evaluate_pairs(model, validation, config.dpo_beta, dtype)
-            else:
-                measured = evaluate_loss(model, validation, tokenizer, dtype)
+            measured = measure()
             if replay_validation is not None:
                 measured["replay_bpb"] = evaluate_loss(model, replay_validation, tokenizer, dtype)["val_bpb"]
             return measured
@@ -188,15 +175,18 @@ def main(config: FinetuneOptions) -> None:
             stage="finetune",
             objective="preferences" if data.pairs else "answers",
             base_sha256=checkpoint.weights_sha256,
-            data_sha256=data.sha256,
+            data_sha256=fingerprint(sides(data.training)),
             replay_sha256=replay.dataset.sha256 if replay is not None else None,
         )
-        with Prefetch(make_loader(config, data, block_size, replay, reference), device) as batches:
+        with Prefetch(loader, device) as batches:
             fit(model, batches, evaluate, preview, tokenizer, config, identity, objective)
         if config.patience:
             open_checkpoint(config.out_dir).load_model(model)  # the best one
         if config.lora_merge:
-            write_merged(make_model(), config, tokenizer)
+            result, merged = open_checkpoint(config.out_dir, config.init_from), make_model()
+            result.load_model(merged)
+            write_checkpoint(config.out_dir / "merged", contents(merged, [], result.state), tokenizer)
+            print(f"{config.out_dir / 'merged'}: a checkpoint with the adapters added in", file=sys.stderr)
         report(engine, test, control, config)
 
 
@@ -213,10 +203,10 @@ class Data:
     def pairs(self) -> bool:
         return isinstance(self.training[0], Pair)
 
-    @property
-    def sha256(self) -> str:
-        """Identity of the training data, wherever its files are."""
-        return fingerprint(chain.from_iterable(self.training) if self.pairs else self.training)
+
+def sides(items: Sequence[Example | Pair]) -> list[Example]:
+    """The examples, with both sides of the pairs."""
+    return [side for item in items for side in (item if isinstance(item, Pair) else [item])]
 
 
 def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, test: Sequence[Conversation]) -> Data:
@@ -224,7 +214,7 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
 
     Raises UserError if nothing is left to train on or to validate with.
     """
-    dropped = Report()
+    dropped, known = Report(), set[str]()
 
     def encoded(rows: Sequence[Conversation] | Sequence[Preference]) -> list[Example] | list[Pair]:
         if rows and isinstance(rows[0], Preference):
@@ -232,7 +222,6 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
         return encode(rows, tokenizer, block_size, dropped, config.too_long, config.train_on)
 
     sources = [parse_source(word) for word in config.data]
-    known: set[str] = set()
     files = [select(read_examples(source.path), dropped, known, config.keep_duplicates) for source in sources]
     if config.val_data is not None:
         held_out = select(read_examples(config.val_data), dropped, set(), config.keep_duplicates)
@@ -252,24 +241,23 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
     examples, validation = [encoded(rows) for rows in files], encoded(held_out)
     training = [example for part in examples for example in part]
 
-    sides = [side for item in training for side in (item if isinstance(item, Pair) else [item])]
-    tokens, supervised = sum(len(side.ids) for side in sides), sum(int(side.supervised[1:].sum()) for side in sides)
+    lengths = [len(side.ids) for side in sides(training)]
+    supervised = sum(int(side.supervised[1:].sum()) for side in sides(training))
     print(
         f"{len(training):,} {'preferences' if 'Preference' in kinds else 'conversations'} to train on, {len(validation):,} held "
-        f"out; {tokens:,} tokens, {supervised:,} of them supervised; the longest has "
-        f"{max((len(side.ids) for side in sides), default=0):,}, the context {block_size:,}",
+        f"out; {sum(lengths):,} tokens, {supervised:,} of them supervised; the longest has {max(lengths, default=0):,}, "
+        f"the context {block_size:,}",
+        *dropped.lines(),
+        sep="\n",
         file=sys.stderr,
     )
-    for line in dropped.lines():
-        print(line, file=sys.stderr)
     if not training:
         raise UserError(f"{dropped.first(sources[0].path)}; nothing is left to train on in {', '.join(config.data)}")
     if not validation:
         where = dropped.first(config.val_data or sources[0].path)
         raise UserError(f"{where}; no conversation is left to validate with: name a --val_data file, or a larger --val_fraction")
-    if leaked := known & {conversation.key for conversation in test}:
-        count = f"{len(leaked):,} of the {len(test):,} --test_data questions"
-        print(f"warning: {count} are in --data with their answers", file=sys.stderr)
+    if leaked := len(known & {conversation.key for conversation in test}):
+        print(f"warning: {leaked:,} of the {len(test):,} --test_data questions are in --data with their answers", file=sys.stderr)
     used = [(part, source.weight) for part, source in zip(examples, sources, strict=True) if part]
     mixture = Mixture([len(part) for part, _ in used], [weight for _, weight in used], config.seed)
     if not mixture.size:
@@ -303,10 +291,9 @@ def restrict(model: GPT, config: FinetuneOptions) -> GPT:
     if config.freeze_layers > len(model.blocks):
         raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {len(model.blocks)} blocks")
     model.blocks[: config.freeze_layers].requires_grad_(False)
-    if config.freeze_embeddings:
-        for name, parameter in model.named_parameters():
-            if "embed" in name:
-                parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if config.freeze_embeddings and "embed" in name:
+            parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("--freeze_layers and --freeze_embeddings leave nothing to train")
     return model
@@ -326,45 +313,23 @@ def open_replay(
         return None, validation
     windows = max(1, round(config.replay / (1 - config.replay) * config.batch_size))
     length = sum(item.length for item in data.training) / len(data.training)
-    print(
-        f"replay: a step has {windows:,} windows of {block_size:,} tokens of pretraining text beside "
-        f"{config.batch_size:,} conversations of {length:.0f} tokens",
-        file=sys.stderr,
-    )
+    conversations = f"{config.batch_size:,} conversations of {length:.0f} tokens"
+    print(f"replay: a step has {windows:,} windows of {block_size:,} tokens of text beside {conversations}", file=sys.stderr)
     return WindowLoader(dataset, "train", block_size, windows, config.seed), validation
 
 
-def make_loader(
-    config: FinetuneOptions, data: Data, block_size: int, replay: WindowLoader | None, reference: torch.Tensor | None
-) -> ConversationLoader | PairLoader:
-    """The loader of conversations, or of pairs with the `reference` log-probabilities (N, 2) of at least the training pairs."""
-    order = data.training, data.mixture, config.batch_size
-    if data.pairs:
-        return PairLoader(*order, reference, replay=replay)
-    return ConversationLoader(*order, block_size, packing=config.packing, replay=replay)
-
-
-def marked(example: Example | Pair, tokenizer: Tokenizer, in_colour: bool) -> list[str]:
+def marked(example: Example | Pair, tokenizer: Tokenizer, in_colour: bool) -> str:
     """An example's text, its supervised tokens green, or between [[ and ]]. A pair gives both answers."""
     if isinstance(example, Pair):
-        sides = zip(("chosen: ", "rejected: "), example, strict=True)
-        return [name + line for name, side in sides for line in marked(side, tokenizer, in_colour)]
+        chosen, rejected = (marked(side, tokenizer, in_colour) for side in example)
+        return f"chosen: {chosen}\nrejected: {rejected}"
     start, end = ("\x1b[32m", "\x1b[0m") if in_colour else ("[[", "]]")
     text = ""
     tokens = zip(example.ids.tolist(), example.supervised.tolist(), strict=True)
     for supervised, group in groupby(tokens, key=lambda pair: pair[1]):
         piece = tokenizer.decode(token for token, _ in group)
         text += f"{start}{piece}{end}" if supervised else piece
-    return [text]
-
-
-def write_merged(model: GPT, config: FinetuneOptions, tokenizer: Tokenizer) -> None:
-    """Write merged/, a checkpoint of the run's adapters added to the weights; `model` is overwritten."""
-    result = open_checkpoint(config.out_dir, config.init_from)
-    result.load_model(model)
-    path = config.out_dir / "merged"
-    write_checkpoint(path, contents(model, [], result.state), tokenizer)
-    print(f"{path}: a checkpoint with the adapters added in", file=sys.stderr)
+    return text
 
 
 def report(engine: Engine, test: list[Conversation], control: list[Conversation], config: FinetuneOptions) -> None:

@@ -24,15 +24,11 @@ class SampleOptions(SamplingOptions, ModelOptions):
     """Options of sample.py."""
 
     prompt: str = option("", "text to complete; -: standard input; empty: start a new document", group="Text")
-    prompts: Path | None = option(
-        None, "a file with one prompt per line, or .jsonl with a key prompt; prints JSON lines", group="Text"
-    )
+    prompts: Path | None = option(None, "a file of prompts, one per line or .jsonl; prints JSON lines", group="Text")
     num_samples: int = option(1, "completions of each prompt, each with the next seed", group="Text", ge=1)
     batch_size: int = option(16, "completions that are computed at the same time", group="Text", ge=1)
     json_: bool = option(False, "print one JSON object per completion", group="Output")
-    logprobs: int | None = option(
-        None, "with JSON: log-probability of each token, and of so many of the most probable tokens", group="Output", ge=0
-    )
+    logprobs: int | None = option(None, "with JSON: log-probabilities of each token and of the K best", group="Output", ge=0)
     show_probs: bool = option(False, "colour each token by its probability, and list the alternatives", group="Output")
 
     @model_validator(mode="after")

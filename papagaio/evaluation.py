@@ -4,6 +4,7 @@ A chat model is asked in the chat template. A base model (`shots` is not None) i
 answers, one per line, and then the question. Its answer is the next line.
 """
 
+import itertools
 import math
 import random
 import unicodedata
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -54,23 +56,21 @@ def text_batches(
     fragments: Iterable[tuple[str, bool]], tokenizer: Tokenizer, block_size: int, batch_size: int
 ) -> Iterator[Batch]:
     """Windows over a text in pieces (text, whether it begins a document): every token but the first is predicted once."""
-    buffer, windows = [np.zeros(0, np.int64)], []
-    for text, first in fragments:
-        if first:
-            buffer.append(np.array([tokenizer.special[END_OF_TEXT]]))
-        buffer.append(tokenizer.encode_array(text).astype(np.int64))
-        stream = np.concatenate(buffer)
-        while len(stream) > block_size:
-            windows.append(stream[: block_size + 1])
-            stream = stream[block_size:]  # the last target is the first input of the next window
-            if len(windows) == batch_size:
-                yield pad_windows(windows, block_size)
-                windows = []
-        buffer = [stream]
-    if len(buffer[0]) > 1:
-        windows.append(buffer[0])
-    if windows:
-        yield pad_windows(windows, block_size)
+
+    def windows() -> Iterator[np.ndarray]:
+        stream = np.zeros(0, np.int64)
+        for text, first in fragments:
+            begin = np.array([tokenizer.special[END_OF_TEXT]] * first, np.int64)
+            stream = np.concatenate((stream, begin, tokenizer.encode_array(text)), dtype=np.int64)
+            while len(stream) > block_size:
+                yield stream[: block_size + 1]
+                stream = stream[block_size:]  # the last target is the first input of the next window
+        if len(stream) > 1:
+            yield stream
+
+    rest = windows()
+    while rows := list(itertools.islice(rest, batch_size)):
+        yield pad_windows(rows, block_size)
 
 
 class Answer(NamedTuple):
@@ -114,12 +114,10 @@ def words(text: str, language: str = "en") -> list[str]:
     """
     code = language.split("-")[0].lower()
     text = unicodedata.normalize("NFKC", text).casefold()
-    if code in ("fr", "it"):
-        text = text.replace("'", " ").replace("\u2019", " ")  # l'eau
-    plain = "".join(character for character in text if not unicodedata.category(character).startswith(("P", "S")))
+    plain = regex.sub("['\u2019]", " ", text) if code in ("fr", "it") else text  # l'eau
+    plain = regex.sub(r"[\p{P}\p{S}]", "", plain)
     found = list("".join(plain.split())) if code in WITHOUT_BLANKS else plain.split()
-    articles = ARTICLES.get(code, "").split()
-    return [word for word in found if word not in articles] or text.split()
+    return [word for word in found if word not in ARTICLES.get(code, "").split()] or text.split()
 
 
 def question_ids(tokenizer: Tokenizer, conversation: Conversation, shots: Shots | None, block_size: int, room: int) -> Question:
@@ -143,9 +141,8 @@ def question_ids(tokenizer: Tokenizer, conversation: Conversation, shots: Shots 
 
 def choose_shots(pool: Shots, conversation: Conversation, count: int) -> list[Conversation]:
     """Examples to show before a question, the same at every call: of its kind if there are enough, and others before them."""
-    others = [shot for shot in pool if shot.key != conversation.key]
-    alike = [shot for shot in others if shot.kind == conversation.kind]
-    unlike = [shot for shot in others if shot.kind != conversation.kind]
+    alike = [shot for shot in pool if shot.key != conversation.key and shot.kind == conversation.kind]
+    unlike = [shot for shot in pool if shot.key != conversation.key and shot.kind != conversation.kind]
     rng = random.Random(f"0 {conversation.key}")
     found = rng.sample(alike, min(count, len(alike)))
     return rng.sample(unlike, min(count - len(found), len(unlike))) + found
@@ -189,37 +186,35 @@ def answer_questions(
 @torch.inference_mode()
 def answer_nats(engine: Engine, questions: Sequence[Question], batch_size: int = 64) -> Tensor:
     """Nats (N,) of each answer after its prompt, summed over its tokens; NaN if both together exceed the context."""
-    model, found = engine.model, torch.full((len(questions),), torch.nan, dtype=torch.float64)
+    found = torch.full((len(questions),), torch.nan, dtype=torch.float64)
     examples = [
         Example(np.array([*prompt, *answer], np.uint32), np.arange(len(prompt) + len(answer)) >= len(prompt))
         for prompt, answer in questions
     ]
-    fitting = (i for i, example in enumerate(examples) if example.length <= engine.block_size)
-    order = sorted(fitting, key=lambda i: examples[i].length)
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    order = [i for i in order if examples[i].length <= engine.block_size]
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = collate([[examples[i]] for i in rows], max(examples[i].length for i in rows), 1.0).to(engine.device)
-        with evaluating(model), autocast(engine.device, engine.dtype):
-            found[rows] = model(batch.ids, batch.targets, reduction="none").double().sum(1).cpu()
+        with evaluating(engine.model), autocast(engine.device, engine.dtype):
+            found[rows] = engine.model(batch.ids, batch.targets, reduction="none").double().sum(1).cpu()
     return found
 
 
 def answer_perplexity(nats: Tensor, questions: Sequence[Question]) -> float:
     """exp of the mean nats per token of the answers that fit, their ends included."""
-    fits = ~nats.isnan()
-    tokens = sum(len(answer) for (_, answer), kept in zip(questions, fits.tolist(), strict=True) if kept)
-    return math.exp(min(700.0, float(nats[fits].sum()) / tokens)) if tokens else math.nan
+    tokens = sum(len(answer) for (_, answer), found in zip(questions, nats.tolist(), strict=True) if not math.isnan(found))
+    return math.exp(min(700.0, float(nats.nansum()) / tokens)) if tokens else math.nan
 
 
 def choose(engine: Engine, choices: Sequence[Choice], shots: Shots | None) -> list[int]:
     """For each question the index of the choice with the highest log-probability per byte; -1 if none fits the context."""
-    questions = []
-    for row in choices:
-        for text in row.choices:
-            messages = [Message(role="user", content=row.question), Message(role="assistant", content=text)]
-            conversation = Conversation(messages=messages, place=row.place)
-            questions.append(question_ids(engine.tokenizer, conversation, shots, engine.block_size, 0))
-    nats = iter(answer_nats(engine, questions).tolist())
+
+    def ids(row: Choice, text: str) -> Question:
+        messages = [Message(role="user", content=row.question), Message(role="assistant", content=text)]
+        return question_ids(engine.tokenizer, Conversation(messages=messages, place=row.place), shots, engine.block_size, 0)
+
+    nats = iter(answer_nats(engine, [ids(row, text) for row in choices for text in row.choices]).tolist())
     picked = []
     for row in choices:
         scores = [-next(nats) / max(1, len(text.encode())) for text in row.choices]

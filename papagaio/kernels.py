@@ -1,7 +1,5 @@
 """Faster equivalents of model.py's operations: the same values and gradients in less time or memory.
 
-    accelerate(model)        # after the model has its weights and device, before it is compiled
-
 Each is compared with the operation that it replaces, value and gradient, in tests/test_kernels.py. LOG.md has the measurements.
 """
 
@@ -19,7 +17,8 @@ CHUNK = 2**19  # logits that are computed at a time: 2 MiB, which stay in a CPU'
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Let a GPT compute with the operations below, in place, as far as its device gains from them; returns it."""
+    """Let a GPT compute with the operations below, in place, as far as its device gains from them; returns it. Call it when the
+    model has its weights and device, before it is compiled."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     operations = {"squared_relu": squared_relu, "project": project, "attention": attention, "next_token_loss": next_token_loss}
     if on_cpu:
@@ -39,10 +38,6 @@ def checkpoint_activations(model: nn.Module) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return RMSNorm.apply(x)
-
-
 class RMSNorm(torch.autograd.Function):
     """F.rms_norm on a CPU is a chain of small operations, and so is its gradient: this one takes a quarter of the time."""
 
@@ -59,10 +54,6 @@ class RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale)
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    return SquaredReLU.apply(x)
-
-
 class SquaredReLU(torch.autograd.Function):
     """relu(x) ** 2 with a gradient of two operations, 2 relu(x); autograd's own takes four times as long on a CPU."""
 
@@ -76,6 +67,9 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return (grad * y).mul_(2)
+
+
+rms_norm, squared_relu = RMSNorm.apply, SquaredReLU.apply
 
 
 def project(x: Tensor, *layers: nn.Module) -> Tensor:
@@ -131,10 +125,7 @@ def _flex() -> tuple[Any, Any]:
 
 
 def next_token_loss(model: Any, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """Head, soft-cap and cross-entropy, CHUNK logits at a time, so that the logits of a batch are never in memory at once.
-
-    With a vocabulary of 50,304 they and their gradients would take most of the memory; and small pieces stay in a CPU's cache.
-    """
+    """Head, soft-cap and cross-entropy, CHUNK logits at a time: all logits of a batch would take most of the memory."""
     vocab_size, cap = model.config.vocab_size, model.config.logit_softcap
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -181,26 +172,18 @@ def _(rows: Tensor, table: Tensor, targets: Tensor, vocab_size: int, cap: float,
 
 @torch.library.custom_op("papagaio::loss_and_gradients", mutates_args=())
 def _loss_and_gradients(
-    rows: Tensor,
-    table: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    vocab_size: int,
-    cap: float,
-    dtype: torch.dtype,
-    table_gradient: bool,
+    rows: Tensor, table: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float, dtype: torch.dtype, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """rows (N, C), table (padded V, C), targets, weights (N,) -> (weighted sum of the losses, its gradients by rows and table but
-    for a factor, this factor).
+    """rows (N, C), table (padded V, C), targets, weights (N,) -> (weighted sum of the losses, its gradients by rows and by table
+    if this is `trained`, both but for a factor, this factor).
 
     The gradient of a weighted sum needs nothing from later operations but a factor, so it is computed along with the loss.
     """
     head = table[:vocab_size].to(dtype)  # (V, C)
     largest = weights.max().clamp_min(1e-30)  # multiplied at the end: a gradient of 1 / (B T) is too small for float16
     weights = weights / largest
-    losses = torch.empty(len(rows), device=rows.device)
-    grad_rows = torch.empty_like(rows)
-    grad_table = torch.zeros_like(table) if table_gradient else table.new_empty(0)  # a frozen head needs none
+    losses, grad_rows = torch.empty(len(rows), device=rows.device), torch.empty_like(rows)
+    grad_table = torch.zeros_like(table) if trained else table.new_empty(0)  # a frozen head needs none
     size = _chunk_rows(vocab_size)
     for part in (slice(i, i + size) for i in range(0, len(rows), size)):
         xi, ignored = rows[part].to(dtype), targets[part] == IGNORED
@@ -217,7 +200,7 @@ def _loss_and_gradients(
             grad.mul_(tanh.square_().neg_().add_(1))
         grad = grad.to(dtype)
         grad_rows[part] = grad @ head
-        if table_gradient:
+        if trained:
             grad_table[:vocab_size] += grad.T @ xi
     loss = (losses * weights).sum() * largest  # a dot product would be rounded to bfloat16 under autocast
     return loss, grad_rows, grad_table, largest
@@ -231,13 +214,13 @@ def _(rows: Tensor, table: Tensor, *options: Any) -> tuple[Tensor, ...]:
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.table_gradient = inputs[-1]
+    ctx.trained = inputs[-1]
 
 
 def _scale_gradients(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_rows, grad_table, largest = ctx.saved_tensors
     factor = factor * largest
-    return grad_rows * factor, grad_table * factor if ctx.table_gradient else None, *[None] * 6
+    return grad_rows * factor, grad_table * factor if ctx.trained else None, *[None] * 6
 
 
 _loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)

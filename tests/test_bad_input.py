@@ -310,8 +310,7 @@ CASES = [
     ("sample", "--checkpoint={w}/base --top_p=1.5", 2, "--top_p=1.5"),
     ("sample", "--checkpoint={w}/base --frequency_penalty=nan", 2, "--frequency_penalty=nan"),
     ("sample", "--checkpoint={w}/base --logit_bias=the=2", 2, "must be written ID=VALUE"),
-    ("sample", "--checkpoint={w}/base --banned_tokens=99999", 2, "token 99999: the vocabulary has the ids 0 to 299"),
-    ("sample", "--checkpoint={w}/base --min_new_tokens=9 --max_new_tokens=8", 2, "min_new_tokens 9 is above max_new_tokens 8"),
+    ("sample", "--checkpoint={w}/base --logit_bias=99999=1", 2, "token 99999: the vocabulary has the ids 0 to 299"),
     ("sample", "--checkpoint={w}/base --prompts={c}/none.txt", 2, "none.txt: no such file"),
     ("sample", "--checkpoint={w}/base --prompts={c}/broken.jsonl", 2, 'broken.jsonl:1: an object with a text under "prompt"'),
     ("sample", "--checkpoint={w}/base --prompts={c}/empty.txt", 2, "empty.txt: no prompts in this file"),
@@ -461,7 +460,7 @@ CASES = [
             ("--prompts={c}/utf16.txt", "utf16.txt:1: not UTF-8 at byte 0"),
             ("--show_probs --json", "show_probs is for people"),
             ("--dtype=float8", "--dtype=float8"),
-            ("--banned_tokens=-1", "token -1: the vocabulary has the ids 0 to 299"),
+            ("--logit_bias=-1=1", "token -1: the vocabulary has the ids 0 to 299"),
             ("--logit_bias=5", "must be written ID=VALUE"),
             ("--stop", "--stop"),
         )
@@ -473,7 +472,7 @@ CASES = [
             ("--asks=hi", "--asks=hi: no such option; did you mean --ask?"),
             ("--ask=hi --temperature=warm", "--temperature=warm"),
             ("--ask=hi --max_new_tokens=0", "--max_new_tokens=0"),
-            ("--ask=hi --banned_tokens=99999", "token 99999: the vocabulary has the ids 0 to 299"),
+            ("--ask=hi --logit_bias=99999=1", "token 99999: the vocabulary has the ids 0 to 299"),
         )
     ),
     ("chat", "--checkpoint={w}/data --ask=hi", 2, "data: a dataset, not a checkpoint"),

@@ -16,7 +16,7 @@ from model import GPT, PRESETS, GPTConfig
 from papagaio import kernels
 from papagaio.batches.windows import Batch, likelihood
 from papagaio.errors import UserError
-from papagaio.training.dial import MAX_EPOCHS, batch_tokens, by_budget, by_depth, matrix_weights, shape
+from papagaio.training.dial import MAX_EPOCHS, batch_tokens, by_budget, by_depth, matrix_weights
 from papagaio.training.dry_run import memory_parts
 from papagaio.training.options import RunOptions
 
@@ -47,7 +47,7 @@ def test_a_depth_gives_a_whole_run_and_touches_nothing_given(
 
 def test_weights_are_counted_as_the_model_counts_them() -> None:
     for depth in (1, 3):
-        gpt = GPT(GPTConfig(vocab_size=128, **shape(depth, 32)))
+        gpt = GPT(GPTConfig(vocab_size=128, block_size=32, n_layer=depth, n_head=depth, n_embd=64 * depth))
         attention = 12 * gpt.config.n_embd * 32 * depth
         assert 6 * matrix_weights(depth, 128) == gpt.flops_per_token() - attention
 

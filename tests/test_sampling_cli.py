@@ -43,6 +43,7 @@ def ask(call: Call, monkeypatch: pytest.MonkeyPatch) -> Ask:
     return run_script
 
 
+ENDLESS = ["--logit_bias", "295=-1000", "299=-1000"]  # <|endoftext|> and <|end|>
 PROMPT = f"The flag of {NAMES[0]} is"
 
 
@@ -91,14 +92,14 @@ def test_probabilities_are_shown(world: Path, ask: Ask, monkeypatch: pytest.Monk
     assert all(re.fullmatch(r"[01]\.\d{3} '.*' +( +[01]\.\d{3} '.*')+", line) for line in table)
     (row,) = [json.loads(line) for line in ask("sample", *command, "--json", "--logprobs=1")[0].splitlines()]
     assert [float(line.split()[0]) for line in table] == [round(math.exp(t["logprob"]), 3) for t in row["logprobs"]]
-    monkeypatch.setattr("sample.colours", lambda stream: True)
+    monkeypatch.setattr("papagaio.generation.printing.colours", lambda stream: True)
     coloured, _ = ask("sample", *command, "--show_probs")
     assert coloured != out
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == out
 
 
 def test_a_long_prompt_and_a_full_context_are_reported_once(world: Path, ask: Ask, tmp_path: Path) -> None:
-    out, err = ask("sample", "--checkpoint", world / "base", "--max_new_tokens=90", "--min_new_tokens=90", "--num_samples=2")
+    out, err = ask("sample", "--checkpoint", world / "base", "--max_new_tokens=90", "--num_samples=2", *ENDLESS)
     assert err.count("what came first was forgotten") == 1
     assert len(out.split("-" * 20)) == 2
     (tmp_path / "long.txt").write_text("short\n" + "x " * 200)
@@ -142,7 +143,7 @@ def test_a_conversation_is_events(world: Path) -> None:
     assert all(isinstance(piece, Text) for piece in pieces)
     assert (reply.text, reply.tokens) == ("".join(piece.text for piece in pieces), len(pieces))
     assert reply.finish == "end"
-    assert talk.messages[-1].content == reply.text
+    assert talk.messages()[-1].content == reply.text
     events = talk.ask("What is the flag of Aradornia?")
     while not isinstance(next(events), Text):
         pass
@@ -162,8 +163,7 @@ def test_a_conversation_in_a_terminal(world: Path, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     command = [sys.executable, "chat.py", "--checkpoint", str(world / "chat"), "--max_new_tokens=100000", "--dtype=float32"]
     environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1"}
-    # Without an end the answer goes on until it is stopped.
-    command += ["--min_new_tokens=100000"]
+    command += ENDLESS  # the answer goes on until it is stopped
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True, close_fds=True
     )

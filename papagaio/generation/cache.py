@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STEP = 256  # slots by which a cache grows
@@ -46,12 +47,12 @@ class Rows:
 class LayerCache:
     """Keys and values (rows, K, S, D) of one block, which attends to the last `window` tokens (None: the whole context)."""
 
-    def __init__(self, rows: Rows, window: int | None, keys: Tensor, values: Tensor) -> None:
-        self.rows, self.window, self.keys, self.values = rows, window, keys, values
+    def __init__(self, rows: Rows, window: int | None, *stored: Tensor) -> None:
+        self.rows, self.window, self.stored = rows, window, list(stored)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (rows, K, T, D) of new tokens; returns those of the whole context (rows, K, columns, D)."""
-        keys, values, T = self.keys, self.values, k.size(2)
+        T, (keys, values) = k.size(2), self.stored
         k, v = k.to(keys.dtype), v.to(values.dtype)
         if self.rows.aligned:
             slots = slice(self.rows.filled[0], self.rows.filled[0] + T)
@@ -82,20 +83,16 @@ class Cache:
         fixed: bool = False,
     ) -> None:
         """config is a GPTConfig. `slots` are allocated at once, more of them when they are needed."""
-        slots = _round_up(slots)
-        self.rows = Rows(rows, config.block_size, slots, fixed, device)
-        shape = (rows, config.kv_heads, slots, config.head_size)
-        self.layers = [
-            LayerCache(self.rows, window, *(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
-            for window in config.windows
-        ]
+        self.rows = Rows(rows, config.block_size, 0, fixed, device)
+        empty = torch.zeros(rows, config.kv_heads, 0, config.head_size, device=device, dtype=dtype)
+        self.layers = [LayerCache(self.rows, window, empty, empty) for window in config.windows]
         self.previous = torch.full((rows,), config.vocab_size, device=device)  # the last token's id; vocab_size: none
-        self._mark_static()
+        self._grow(slots)
 
     def _mark_static(self) -> None:
         """Promise the compiler that these tensors keep their addresses: a CUDA graph then writes into them without copies."""
         if self.rows.fixed:
-            stored = (tensor for layer in self.layers for tensor in (layer.keys, layer.values))
+            stored = (tensor for layer in self.layers for tensor in layer.stored)
             for tensor in (*stored, self.rows.lengths, self.rows.dropped, self.previous):
                 torch._dynamo.mark_static_address(tensor)
 
@@ -132,20 +129,18 @@ class Cache:
         self._grow(need)
 
     def _grow(self, need: int) -> None:
-        more = _round_up(need) - self.rows.slots
-        if more <= 0:
-            return
-        for layer in self.layers:
-            extra = layer.keys.new_zeros(*layer.keys.shape[:2], more, layer.keys.size(3))
-            layer.keys, layer.values = torch.cat((layer.keys, extra), 2), torch.cat((layer.values, extra), 2)
-        self.rows.slots += more
-        self._mark_static()
+        more = -(-need // STEP) * STEP - self.rows.slots
+        if more > 0:
+            for layer in self.layers:
+                layer.stored = [F.pad(tensor, (0, 0, 0, more)) for tensor in layer.stored]
+            self.rows.slots += more
+            self._mark_static()
 
     def _drop_oldest(self, keep: int) -> None:
         """Forget all but the last `keep` tokens of each row, and move these to the front; their keys stay as they are."""
         for row, filled in enumerate(self.rows.filled):
             if (drop := filled - keep) > 0:
-                for tensor in (tensor for layer in self.layers for tensor in (layer.keys, layer.values)):
+                for tensor in (tensor for layer in self.layers for tensor in layer.stored):
                     tensor[row, :, :keep] = tensor[row, :, drop:filled].clone()
                 self.rows.lengths[row] -= drop
                 self.rows.dropped[row] += drop
@@ -170,7 +165,7 @@ class Cache:
         other, other.rows = copy.copy(self), copy.copy(self.rows)
         other.rows.lengths, other.rows.dropped = self.rows.lengths[index], self.rows.dropped[index]
         other.rows.filled = [self.rows.filled[row] for row in rows]
-        other.layers = [LayerCache(other.rows, layer.window, layer.keys[index], layer.values[index]) for layer in self.layers]
+        other.layers = [LayerCache(other.rows, layer.window, *(t[index] for t in layer.stored)) for layer in self.layers]
         other.previous = self.previous[index]
         other._mark_static()
         return other
@@ -181,13 +176,9 @@ class Cache:
         used = max(other.rows.filled)
         self._grow(used)
         for layer, source in zip(self.layers, other.layers, strict=True):
-            layer.keys[index, :, :used] = source.keys[:, :, :used]
-            layer.values[index, :, :used] = source.values[:, :, :used]
+            for tensor, new in zip(layer.stored, source.stored, strict=True):
+                tensor[index, :, :used] = new[:, :, :used]
         self.rows.lengths[index], self.rows.dropped[index] = other.rows.lengths, other.rows.dropped
         self.previous[index] = other.previous
         for row, filled in zip(rows, other.rows.filled, strict=True):
             self.rows.filled[row] = filled
-
-
-def _round_up(slots: int) -> int:
-    return -(-slots // STEP) * STEP

@@ -51,10 +51,9 @@ class Chat:
         self.hidden = 0  # turns at the beginning that the model does not see any more
         self.noticed, self.retries, self.reply = False, 0, Reply()
 
-    @property
-    def messages(self) -> list[Message]:
-        """The whole conversation."""
-        return [Message(role="system", content=self.system)] * bool(self.system) + self.turns
+    def messages(self, skip: int = 0) -> list[Message]:
+        """The conversation without its first `skip` turns."""
+        return [Message(role="system", content=self.system)] * bool(self.system) + self.turns[skip:]
 
     def ask(self, question: str) -> Iterator[Text | Notice | Reply]:
         """Answer a question, and keep both. An answer that is broken off, by closing the iterator, is kept as far as it got.
@@ -91,9 +90,10 @@ class Chat:
                 self.reply.text += step.text
                 self.reply.tokens += 1
                 self.reply.finish = step.finish or ""
-                truncated = truncated or step.truncated
+                truncated = step.truncated
                 yield Text(step.text)
-            if truncated and self._first_notice():
+            if truncated and not self.noticed:
+                self.noticed = True
                 yield Notice(FORGOTTEN)
         finally:
             self.reply.seconds = time.perf_counter() - start
@@ -102,25 +102,20 @@ class Chat:
 
     def _prompt(self) -> tuple[list[int], str]:
         """Token ids for the model to continue, and a notice. If they are too many, the oldest turns are left out."""
-        engine, last = self.engine, len(self.turns) - 1
+        engine, notice = self.engine, ""
         if not engine.is_chat:
             ids = engine.encode(self.turns[-1].content)
             over = len(ids) > engine.block_size
             return ids, f"the text has {len(ids)} tokens; the model sees the last {engine.block_size}" if over else ""
-        notice = ""
         room = min(self.sampling.max_new_tokens, engine.block_size // 4)  # for the answer
-        system = [message for message in self.messages[:1] if message.role == "system"]
-        while len(ids := render_prompt(engine.tokenizer, system + self.turns[self.hidden :])) + room > engine.block_size:
-            if self.hidden == last:
-                if len(ids) >= engine.block_size:
-                    needed = f"the question has {len(ids)} tokens, the model's context only {engine.block_size}"
-                    raise UserError(f"{needed}: ask a shorter one")
+        while len(ids := render_prompt(engine.tokenizer, self.messages(self.hidden))) + room > engine.block_size:
+            if self.hidden < len(self.turns) - 1:
+                self.hidden += 2
+                if not self.noticed:
+                    self.noticed, notice = True, FORGOTTEN
+            elif len(ids) < engine.block_size:
                 break
-            self.hidden += 2
-            notice = FORGOTTEN if self._first_notice() else notice
+            else:
+                needed = f"the question has {len(ids)} tokens, the model's context only {engine.block_size}"
+                raise UserError(f"{needed}: ask a shorter one")
         return ids, notice
-
-    def _first_notice(self) -> bool:
-        """True once per conversation."""
-        first, self.noticed = not self.noticed, True
-        return first

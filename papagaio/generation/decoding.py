@@ -22,10 +22,6 @@ class Row:
         self.random = random.Random(seed)
         self.finish: str | None = None
 
-    @property
-    def drawn(self) -> int:
-        return len(self.ids) - self.prompt_length
-
 
 class Decoder:
     """A model, and the cache of the rows that it decodes. The cache holds all tokens of a row but the last."""
@@ -35,19 +31,18 @@ class Decoder:
         self.model, self.device, self.dtype, self.room, self.compiled = model, device, dtype, room, compiled
         self.block_size = model.config.block_size
         self.cache: Cache | None = None
-        self.shared: tuple[list[int], Cache] | None = None  # the prompt of several requests, and a cache that has read it
+        self.shared: tuple[list[list[int]], Cache] | None = None  # the last prompt, and a cache that has read it
 
     def exchange(self, rows: list[Row], done: list[int], new: list[Row]) -> list[Row]:
         """Put new rows in the places of those that are done; returns the rows that there are now."""
-        rows = list(rows)
         if new:
             cache = self._read_once([row.ids[:-1] for row in new])
             if not rows:
                 self.cache = cache
                 return new
             self.cache.put(done[: len(new)], cache)
-            for i, row in zip(done, new, strict=False):
-                rows[i] = row
+            replaced = dict(zip(done, new, strict=False))
+            rows = [replaced.get(i, row) for i, row in enumerate(rows)]
         left = [i for i, row in enumerate(rows) if row.finish is None]
         if self.compiled and left:  # compiled code is for this number of rows: finished rows stay, and are ignored
             return rows
@@ -58,12 +53,11 @@ class Decoder:
     def _read_once(self, prompts: list[list[int]]) -> Cache:
         """A cache that has read the prompts; equal prompts are read only once."""
         different = list({tuple(prompt): prompt for prompt in prompts}.values())
-        if len(different) == 1 and self.shared is not None and self.shared[0] == different[0]:
-            cache = self.shared[1]
-        else:
-            cache = self._read(different)
-        if len(different) == 1:
-            self.shared = (different[0], cache)
+        if self.shared is None or self.shared[0] != different:
+            self.shared = different, self._read(different)
+        cache = self.shared[1]
+        if len(different) > 1:  # which hardly come again
+            self.shared = None
         return cache.select([different.index(prompt) for prompt in prompts])
 
     def _read(self, prompts: list[list[int]]) -> Cache:
@@ -83,10 +77,9 @@ class Decoder:
     def logits(self, rows: list[Row]) -> Tensor:
         """Logits (B, V) after the last token of each row, which is read first."""
         if self.model.config.position != "rope":  # positions end at block_size: start again with the last half of the context
-            full = [i for i, filled in enumerate(self.cache.rows.filled) if filled == self.block_size]
-            half = self.block_size // 2
-            for i in full:
-                self.cache.put([i], self._read([rows[i].ids[-half - 1 : -1]]))
+            for i, filled in enumerate(self.cache.rows.filled):
+                if filled == self.block_size:
+                    self.cache.put([i], self._read([rows[i].ids[-(self.block_size // 2) - 1 : -1]]))
         ids = torch.tensor([[row.ids[-1]] for row in rows], device=self.device)  # (B, 1)
         self.cache.make_room(1)
         step = compiled_next_logits(self.device.type) if self.compiled else next_logits

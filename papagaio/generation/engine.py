@@ -8,7 +8,6 @@ Many requests share the forward passes: each row of a batch has its own length, 
 next request. sample.py, chat.py and evaluate.py are front ends of it.
 """
 
-import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -100,24 +99,27 @@ class Engine:
         `end` (default: <|endoftext|> and <|end|>); tokens in `banned` are not drawn (default: the other special tokens).
         Raises UserError for options with ids outside the vocabulary, MachineError if logits are not finite.
         """
-        end, banned = self.end if end is None else set(end), self.banned if banned is None else set(banned)
-        sampler = Sampler(options, self.model.config.vocab_size, banned, end, top)
+        end, banned = self.end if end is None else end, self.banned if banned is None else banned
+        sampler = Sampler(options, self.model.config.vocab_size, banned, top, self.device)
         decoder = Decoder(self.model, self.device, self.dtype, options.max_new_tokens, self.compiled)
         queue = enumerate(requests)
         rows: list[Row] = []
 
-        def step(done: list[int], new: list[Row]) -> tuple[list[Row], list[Token]]:
-            rows_now = decoder.exchange(rows, done, new)
-            return rows_now, sampler(decoder.logits(rows_now), rows_now) if rows_now else []
+        def step(rows: list[Row], done: list[int], new: list[Row]) -> tuple[list[Row], list[Token]]:
+            # These modes belong to a thread, and must be off again whenever `complete` yields.
+            with torch.inference_mode(), runtime.autocast(self.device, self.dtype):
+                rows = decoder.exchange(rows, done, new)
+                return rows, sampler(decoder.logits(rows), rows) if rows else []
 
-        with runtime.evaluating(self.model) if self.model.training else contextlib.nullcontext():
+        with runtime.evaluating(self.model):
             while True:
                 done = [i for i, row in enumerate(rows) if row.finish]
                 new = [
                     Row(index, request.prompt[-self.block_size :], request.seed, TextStream(self.tokenizer, options.stop))
                     for index, request in itertools.islice(queue, batch_size - len(rows) + len(done))
                 ]
-                rows, tokens = self._run(step, done, new)
+                work = rows, done, new
+                rows, tokens = self._thread.submit(step, *work).result() if self._thread else step(*work)
                 if not rows:
                     return
                 for row, token in zip(rows, tokens, strict=True):
@@ -126,13 +128,15 @@ class Engine:
 
     def _append(self, row: Row, token: Token, options: SamplingOptions, end: Collection[int]) -> Step:
         """Append a token to a row, and decide whether it is the last."""
-        text, truncated = "", len(row.ids) > self.block_size
+        truncated = len(row.ids) > self.block_size
         row.ids.append(token.id)
+        text = "" if token.id in end else row.text.push(token.id)
         if token.id in end:
             row.finish = "end"
-        else:
-            text = row.text.push(token.id, may_stop=row.drawn >= options.min_new_tokens)
-            row.finish = "stop" if row.text.stopped else "length" if row.drawn == options.max_new_tokens else None
+        elif row.text.stopped:
+            row.finish = "stop"
+        elif len(row.ids) - row.prompt_length == options.max_new_tokens:
+            row.finish = "length"
         if row.finish:
             text += row.text.close()
         return Step(row.index, token, text, row.finish, truncated)
@@ -145,18 +149,6 @@ class Engine:
             for step in self.complete(map(Request, prompts), options, batch_size=len(prompts), end={end}, banned=()):
                 found[step.index].append(step.token.id)
         return found
-
-    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function with the engine's precision and without gradients, and if compiled, in the engine's thread.
-
-        These modes belong to a thread, so they must be off again whenever `complete` yields.
-        """
-
-        def call() -> Any:
-            with torch.inference_mode(), runtime.autocast(self.device, self.dtype):
-                return function(*arguments)
-
-        return self._thread.submit(call).result() if self._thread else call()
 
 
 def in_order(steps: Iterable[Step]) -> Iterator[Step]:

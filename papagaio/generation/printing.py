@@ -1,7 +1,6 @@
 """Completions as sample.py prints them: text, with colours and alternatives for its tokens, or JSON objects."""
 
 import codecs
-import itertools
 import math
 import sys
 from typing import Any
@@ -34,10 +33,9 @@ def in_colours(done: list[Step], tokenizer: Tokenizer) -> str:
     """The text of the last step, which may begin in earlier tokens, each character in the colour of its token's probability."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     tokens = [step.token for step in done]
-    pairs = [(c, token.logprob) for token in tokens for c in decoder.decode(tokenizer.decode_bytes([token.id]))]
+    characters = [coloured(c, math.exp(t.logprob)) for t in tokens for c in decoder.decode(tokenizer.decode_bytes([t.id]))]
     end = sum(len(step.text) for step in done)
-    groups = itertools.groupby(pairs[end - len(done[-1].text) : end], key=lambda pair: pair[1])
-    return "".join(coloured("".join(c for c, _ in group), math.exp(logprob)) for logprob, group in groups)
+    return "".join(characters[end - len(done[-1].text) : end])
 
 
 def as_json(done: list[Step], tokenizer: Tokenizer, seed: int, logprobs: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From logits (B, V) to the next tokens, in pure functions. All but the last return logits, and are used in this order.
+"""From logits (B, V) to the next tokens, in pure functions, in this order, and `Sampler`, which calls them.
 
     logits = keep_top_p(logits / 0.8, 0.9)
     tokens = draw(logits, uniform)               # (B,), uniform (B,) in [0, 1)
@@ -6,7 +6,7 @@
 A token that is ruled out has the logit -inf.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,25 +21,6 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens marked in seen (B, V) less probable: positive logits are divided by the penalty, negative ones multiplied
     by it (CTRL, arXiv:1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def penalize_frequency(logits: Tensor, counts: Tensor, penalty: float) -> Tensor:
-    """Subtract the penalty from a token's logit as many times as counts (B, V) says that it has been drawn."""
-    return logits - penalty * counts
-
-
-def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """Add to the logits of some tokens."""
-    logits = logits.clone()
-    logits[:, list(bias)] += torch.tensor(list(bias.values()), device=logits.device)
-    return logits
-
-
-def ban(logits: Tensor, tokens: Collection[int]) -> Tensor:
-    """Rule out tokens."""
-    logits = logits.clone()
-    logits[:, list(tokens)] = -torch.inf
-    return logits
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -96,43 +77,38 @@ class Token(NamedTuple):
 class Sampler:
     """Draws the next token of each row from logits (B, V), as the options say."""
 
-    def __init__(self, options: SamplingOptions, vocab_size: int, banned: set[int], end: set[int], top: int | None) -> None:
-        """Tokens in `banned` are never drawn, those in `end` not before min_new_tokens. `top`: see Engine.complete.
-
-        Raises UserError for ids outside the vocabulary.
-        """
-        self.options, self.end, self.top = options, end, top
-        self.bias, self.banned = options.biases, banned | set(options.banned_tokens)
-        for token in (*self.bias, *options.banned_tokens):
+    def __init__(
+        self, options: SamplingOptions, vocab_size: int, banned: Collection[int], top: int | None, device: torch.device
+    ) -> None:
+        """Tokens in `banned` are never drawn. `top`: see Engine.complete. Raises UserError for ids outside the vocabulary."""
+        self.options, self.top, self.bias = options, top, torch.zeros(vocab_size)
+        for token, value in options.biases.items():
             if not 0 <= token < vocab_size:
                 raise UserError(f"token {token}: the vocabulary has the ids 0 to {vocab_size - 1}")
-        if len(self.banned | end) >= vocab_size:
-            raise UserError("every token is banned: nothing is left to draw")
+            self.bias[token] = value
+        self.bias[list(banned)] = -torch.inf
+        self.bias = self.bias.to(device)
+
+    def adjusted(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Logits with penalties and biases."""
+        if self.options.repetition_penalty != 1:
+            seen = _counts([row.ids for row in rows], logits) > 0
+            logits = penalize_repetition(logits, seen, self.options.repetition_penalty)
+        if self.options.frequency_penalty != 0:
+            drawn = _counts([row.ids[row.prompt_length :] for row in rows], logits)
+            logits = logits - self.options.frequency_penalty * drawn
+        return logits + self.bias
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[Token]:
         """A token for each row. Raises MachineError if logits are not finite."""
-        raw, options = logits.float(), self.options
-        logits = raw
-        if options.repetition_penalty != 1:
-            seen = _counts([row.ids for row in rows], raw) > 0
-            logits = penalize_repetition(logits, seen, options.repetition_penalty)
-        if options.frequency_penalty != 0:
-            drawn = _counts([row.ids[row.prompt_length :] for row in rows], raw)
-            logits = penalize_frequency(logits, drawn, options.frequency_penalty)
-        if self.bias:
-            logits = add_bias(logits, self.bias)
-        if self.banned:
-            logits = ban(logits, self.banned)
-        early = [i for i, row in enumerate(rows) if row.drawn < options.min_new_tokens]
-        if early and self.end:
-            logits = logits.clone()
-            logits[early] = ban(logits[early], self.end)
+        raw = logits.float()
+        logits = self.adjusted(raw, rows)
         largest, tokens = logits.max(-1)
         if not largest.isfinite().all():
             raise MachineError("the model gave logits that are not finite")
-        if options.temperature > 0:
+        if self.options.temperature > 0:
             uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-            tokens = draw(filtered(logits, options), uniform.to(raw.device))
+            tokens = draw(filtered(logits, self.options), uniform.to(raw.device))
         if self.top is None:
             return [Token(token) for token in tokens.tolist()]
         logprobs = raw.log_softmax(-1)

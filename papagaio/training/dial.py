@@ -8,7 +8,7 @@ What the user sets stays. Each choice comes with the reason, one line each.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from papagaio.errors import UserError
@@ -26,15 +26,8 @@ BUDGET_MARGIN = 0.8  # fraction of a budget for training steps; the rest is for 
 
 
 class Choice(NamedTuple):
-    """Options by name, and the reasons, one line each."""
-
-    values: dict[str, Any]
-    reasons: list[str]
-
-
-def shape(depth: int, block_size: int) -> dict[str, int]:
-    """Width, heads and context of a model of this depth."""
-    return {"n_layer": depth, "n_head": depth, "n_embd": HEAD_SIZE * depth, "block_size": block_size}
+    values: dict[str, Any]  # options by name
+    reasons: list[str]  # one line each
 
 
 def matrix_weights(depth: int, vocab_size: int) -> int:
@@ -52,17 +45,9 @@ def batch_tokens(tokens: float) -> int:
     return 2 ** round(math.log2(min(max(4096 * (tokens / 550e3) ** 0.57, 1024), 524288)))
 
 
-# What a dial chooses, and a resumed run keeps.
-CHOSEN = (
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "block_size",
-    "batch_size",
-    "micro_batch_size",
-    "max_steps",
-    "eval_interval",
-    "eval_tokens",
+CHOSEN = (  # what a dial chooses, and a resumed run keeps
+    *("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch_size"),
+    *("max_steps", "eval_interval", "eval_tokens"),
 )
 Measure = Callable[[dict[str, Any]], float]  # options by name -> tokens per second in training
 
@@ -87,9 +72,40 @@ def complete(config: RunOptions, corpus: int, vocab_size: int, on_gpu: bool, tok
     return config.with_defaults(choice.values)
 
 
-def by_depth(depth: int, corpus: int, vocab_size: int, on_gpu: bool, given: dict[str, Any]) -> Choice:
-    """All other options for this depth. `corpus`: tokens of the training split; `given`: what the user has set."""
-    return _choose(depth, TOKENS_PER_WEIGHT * matrix_weights(depth, vocab_size), corpus, on_gpu, given, [])
+def by_depth(
+    depth: int, corpus: int, vocab_size: int, on_gpu: bool, given: dict[str, Any], tokens: float | None = None
+) -> Choice:
+    """All other options for this depth, for a run of `tokens` or of as many as this size is worth.
+
+    `corpus`: tokens of the training split; `given`: what the user has set.
+    """
+    block_size = given.get("block_size", 1024 if on_gpu else 256)
+    while "block_size" not in given and block_size > 32 and corpus < 64 * block_size:
+        block_size //= 2
+    if tokens is None:
+        tokens = TOKENS_PER_WEIGHT * matrix_weights(depth, vocab_size)
+    limited, tokens = tokens > MAX_EPOCHS * corpus, min(tokens, MAX_EPOCHS * corpus)
+    batch_size = given.get("batch_size", max(1, batch_tokens(tokens) // block_size))
+    max_steps = given.get("max_steps", int(tokens // (batch_size * block_size)))
+    # A power of two that divides the batch: larger micro-batches take memory and are no faster.
+    micro_batch_size = math.gcd(batch_size, 2 ** int(math.log2(max(1, (32768 if on_gpu else 8192) / block_size))))
+    tokens = max_steps * batch_size * block_size
+    # Nine evaluations; a token takes a third of the time of a trained one: about 6 % of the run.
+    eval_interval, eval_tokens = max(1, math.ceil(max_steps / 8)), max(16384, tokens // 50)
+    values = {
+        **dict(n_layer=depth, n_head=depth, n_embd=HEAD_SIZE * depth, block_size=block_size, batch_size=batch_size),
+        **dict(micro_batch_size=micro_batch_size, max_steps=max_steps, eval_interval=eval_interval, eval_tokens=eval_tokens),
+    }
+    most = f"all that is useful (at most {MAX_EPOCHS} epochs)" if limited else "what this size or time calls for"
+    lines = [
+        f"n_layer {depth}, n_embd {HEAD_SIZE * depth}, n_head {depth}: {HEAD_SIZE} channels per block, heads of {HEAD_SIZE}",
+        f"eval_tokens {eval_tokens:,}: validation tokens at most, so that evaluations take little time",
+        f"block_size {block_size}: usual on a {'GPU' if on_gpu else 'CPU'}, halved for a very small corpus",
+        f"batch_size {batch_size}: {batch_size * block_size:,} tokens per step measured best for a run of {tokens:,}",
+        f"max_steps {max_steps:,}: {tokens:,} tokens, {tokens / corpus:.1f} epochs of the corpus of {corpus:,}, {most}",
+        "learning rates: the defaults, which fit every width and depth (those of tables and head fall with the width)",
+    ]
+    return Choice({key: value for key, value in values.items() if key not in given}, lines)
 
 
 def by_budget(
@@ -99,53 +115,22 @@ def by_budget(
 
     Raises UserError if the time is too short even for the smallest model.
     """
-    best: tuple[int, float, float] | None = None
+    best = None
     for depth in [given["n_layer"]] if "n_layer" in given else DEPTHS:
-        weights = matrix_weights(depth, vocab_size)
-        trial = _choose(depth, TOKENS_PER_WEIGHT * weights, corpus, on_gpu, given, []).values | given
+        trial = by_depth(depth, corpus, vocab_size, on_gpu, given).values | given
         trial["batch_size"] = min(trial["batch_size"], 2 * trial["micro_batch_size"])  # enough to measure
         speed = tokens_per_second(trial)
         tokens = BUDGET_MARGIN * seconds * speed
-        if best is not None and tokens < LEAST_TOKENS_PER_WEIGHT * weights:
+        if best is not None and tokens < LEAST_TOKENS_PER_WEIGHT * matrix_weights(depth, vocab_size):
             break
         best = depth, tokens, speed
-    assert best is not None
     depth, tokens, speed = best
-    reason = (
+    choice = by_depth(depth, corpus, vocab_size, on_gpu, given, tokens)
+    choice.reasons.insert(
+        1,
         f"the deepest of {', '.join(map(str, DEPTHS[:6]))} ... that sees {LEAST_TOKENS_PER_WEIGHT} tokens for each weight in "
-        f"{seconds:g} s at {speed:,.0f} tokens/s"
+        f"{seconds:g} s at {speed:,.0f} tokens/s",
     )
-    choice = _choose(depth, tokens, corpus, on_gpu, given, [reason])
     if choice.values.get("max_steps", 1) < 1:
         raise UserError(f"--budget: {seconds:g} s is not enough for a step; give it minutes")
     return choice
-
-
-def _choose(depth: int, tokens: float, corpus: int, on_gpu: bool, given: dict[str, Any], reasons: Sequence[str]) -> Choice:
-    block_size = given.get("block_size", 1024 if on_gpu else 256)
-    while "block_size" not in given and block_size > 32 and corpus < 64 * block_size:
-        block_size //= 2
-    model = shape(depth, block_size)
-    epochs = tokens / corpus
-    limited = epochs > MAX_EPOCHS
-    tokens = min(tokens, MAX_EPOCHS * corpus)
-    batch_size = given.get("batch_size", max(1, batch_tokens(tokens) // block_size))
-    max_steps = given.get("max_steps", int(tokens // (batch_size * block_size)))
-    # A power of two that divides the batch: larger micro-batches take memory and are no faster.
-    micro_batch_size = math.gcd(batch_size, 2 ** int(math.log2(max(1, (32768 if on_gpu else 8192) / block_size))))
-    tokens = max_steps * batch_size * block_size
-    # Nine evaluations; a token takes a third of the time of a trained one: about 6 % of the run.
-    evaluations = {"eval_interval": max(1, math.ceil(max_steps / 8)), "eval_tokens": max(16384, tokens // 50)}
-    values = model | evaluations | {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_steps": max_steps}
-    most = "all that is useful" if limited else "what this size or time calls for"
-    lines = [
-        f"n_layer {depth}, n_embd {model['n_embd']}, n_head {depth}: {HEAD_SIZE} channels per block, heads of {HEAD_SIZE}",
-        *reasons,
-        f"eval_tokens {values['eval_tokens']:,}: validation tokens at most, so that evaluations take little time",
-        f"block_size {block_size}: usual on a {'GPU' if on_gpu else 'CPU'}, halved for a very small corpus",
-        f"batch_size {batch_size}: {batch_size * block_size:,} tokens per step measured best for a run of {tokens:,}",
-        f"max_steps {max_steps:,}: {tokens:,} tokens, {tokens / corpus:.1f} epochs of the corpus of {corpus:,}, {most}"
-        + (f" (at most {MAX_EPOCHS} epochs)" if limited else ""),
-        "learning rates: the defaults, which fit every width and depth (those of tables and head fall with the width)",
-    ]
-    return Choice({key: value for key, value in values.items() if key not in given}, lines)

@@ -1,7 +1,6 @@
 """The cost of a run before it starts: memory by parts, computed without allocating any; FLOPs, epochs and time."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,8 +45,7 @@ def dry_run(
     tokens = _count_tokens(batches)
     total, flops = config.max_steps * tokens, model.flops_per_token()
     print(f"FLOPs: {flops:.3g} per token, {flops * total:.3g} in all")
-    print(f"epochs: {loader.epochs(config.max_steps):.2f}, {total:,} tokens in all")
-    sys.stdout.flush()
+    print(f"epochs: {loader.epochs(config.max_steps):.2f}, {total:,} tokens in all", flush=True)
     seconds = seconds_per_step(make_model, loader, objective, config, device)
     evaluations = 1 + math.ceil(config.max_steps / config.eval_interval)
     evaluating = evaluations * evaluation_tokens * seconds / tokens / 3  # a forward pass is a third of a training step
@@ -60,10 +58,7 @@ def dry_run(
 def memory_parts(
     make_model: MakeModel, objective: Objective, config: RunOptions, micro: Any, device: torch.device
 ) -> dict[str, int]:
-    """Bytes at the peak of a step by use. Nothing is allocated or computed: only shapes go through the model.
-
-    activations: what the forward pass keeps for the gradient; logits: the largest piece of them, several times.
-    """
+    """Bytes at the peak of a step by use. Nothing is allocated or computed: only shapes go through the model."""
     kept: dict[Any, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -74,7 +69,7 @@ def memory_parts(
         model = kernels.accelerate(make_model())
         if config.activation_checkpointing:
             kernels.checkpoint_activations(model)
-        weights = {p.untyped_storage()._cdata: p.numel() * p.element_size() for p in model.parameters()}
+        weights = {p.untyped_storage()._cdata: p.nbytes for p in model.parameters()}
         inputs = type(micro)(*(None if tensor is None else fake.from_tensor(tensor).to(device) for tensor in micro))
         dtype = runtime.pick_dtype(config.dtype, device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
@@ -82,21 +77,20 @@ def memory_parts(
         moments = moment_bytes(make_optimizers(model, config))
     return {
         "weights": sum(weights.values()),
-        "gradients": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
         "optimizer": moments,
-        "activations": sum(size for key, size in kept.items() if key not in weights),
-        "logits": 3 * 4 * min(kernels.CHUNK, micro.ids.numel() * model.config.vocab_size),
+        "activations": sum(size for key, size in kept.items() if key not in weights),  # that are kept for the gradient
+        "logits": 3 * 4 * min(kernels.CHUNK, micro.ids.numel() * model.config.vocab_size),  # the largest piece, several times
     }
 
 
 def seconds_per_step(
     make_model: MakeModel, loader: Loader, objective: Objective, config: RunOptions, device: torch.device
 ) -> float:
-    """The measured time of an optimizer step, not compiled.
+    """The measured time of an optimizer step, not compiled. A large step is measured on a part and extrapolated.
 
-    A large step is measured on a part and extrapolated: one micro-batch of some thousand tokens, and for a large model one
-    layer of at most 1,024 channels with a small vocabulary. The gradient's time grows with the FLOPs, the optimizer's with the
-    parameters.
+    The part is one micro-batch of some thousand tokens, and of a large model one layer of at most 1,024 channels with a small
+    vocabulary. The gradient's time grows with the FLOPs, the optimizer's with the parameters.
     """
     config = config.model_copy(update={"compile": False})
     with torch.device("meta"):

@@ -8,25 +8,18 @@ from papagaio.errors import MachineError
 from papagaio.training.options import RunOptions
 from papagaio.training.progress import Progress
 
+Places = Callable[[], Sequence[str]]  # gives the origin of a step's sequences, for messages
+Say = Callable[[str], None]  # shows a message
 WINDOW = 128  # steps whose losses tell what is usual
 SIGMAS = 6.0  # a loss this many standard deviations above their mean is reported
 
 
-def accepts(
-    loss: float,
-    norm: float,
-    scale: float,
-    progress: Progress,
-    config: RunOptions,
-    places: Callable[[], Sequence[str]],
-    say: Callable[[str], None],
-) -> bool:
+def accepts(loss: float, norm: float, scale: float, progress: Progress, config: RunOptions, places: Places, say: Say) -> bool:
     """Whether a step may change the weights. `norm` is the gradient's, `scale` that of float16's losses (1: not scaled).
 
-    `places()` gives the origin of the step's sequences. Raises MachineError if the loss or the gradient is not finite and
-    config.on_nonfinite allows no more such steps in a row.
+    Raises MachineError if the loss or the gradient is not finite and config.on_nonfinite allows no more of these steps in a row.
     """
-    step = progress.step + 1
+    step, recent = progress.step + 1, progress.recent_losses
     if math.isfinite(loss) and not math.isfinite(norm) and scale > 1:
         return False  # float16's scale was too large: the scaler halves it, and the step is skipped
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -41,8 +34,9 @@ def accepts(
         say(f"warning: {message}. It is skipped")
         return False
     progress.nonfinite = 0
-    sigmas = deviation(loss, progress.recent_losses)
-    progress.recent_losses = [*progress.recent_losses, loss][-WINDOW:]
+    progress.recent_losses = [*recent, loss][-WINDOW:]
+    sigma = statistics.pstdev(recent) if len(recent) == WINDOW else 0.0
+    sigmas = (loss - statistics.fmean(recent)) / sigma if sigma else 0.0
     if sigmas > SIGMAS:
         say(
             f"warning: the loss leaps to {loss:.4f} at step {step:,}, {sigmas:.1f} sigma above the mean of the last {WINDOW} "
@@ -51,14 +45,5 @@ def accepts(
     return True
 
 
-def deviation(loss: float, recent: Sequence[float]) -> float:
-    """How many standard deviations a loss is above the mean of the recent ones; 0 while there are fewer than WINDOW of them."""
-    if len(recent) < WINDOW:
-        return 0.0
-    mean, sigma = statistics.fmean(recent), statistics.pstdev(recent)
-    return (loss - mean) / sigma if sigma else 0.0
-
-
-def _listed(places: Sequence[str], most: int = 64) -> str:
-    more = f" and {len(places) - most:,} more" if len(places) > most else ""
-    return ", ".join(places[:most]) + more
+def _listed(places: Sequence[str]) -> str:
+    return ", ".join(places[:64]) + (f" and {len(places) - 64:,} more" if len(places) > 64 else "")

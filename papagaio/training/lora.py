@@ -7,7 +7,7 @@ adapter_config.json. For generation, `merged` adds them to W, so that they cost 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.scale = alpha / rank
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT
         nn.init.zeros_(self.lora_B.weight)
 
@@ -35,26 +34,22 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
 
     def widen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, in + rank) and a table (out, in + rank) whose product is `forward`: for kernels.next_token_loss, which multiplies
-        hidden states and table itself."""
+        """x (N, in + rank) and a table (out, in + rank) whose product is `forward`: for kernels.next_token_loss."""
         low = self.scale * self.lora_A(x)
         return torch.cat((x, low.to(x.dtype)), dim=-1), torch.cat((self.weight, self.lora_B.weight), dim=-1)
 
 
-def add_adapters(model: nn.Module, targets: Iterable[str], rank: int, alpha: float) -> None:
+def add_adapters(model: nn.Module, targets: Collection[str], rank: int, alpha: float) -> None:
     """Freeze a model and give each linear layer whose last name is in `targets` an adapter, in place.
 
     Raises ValueError if the model has no layer of one of these names.
     """
     model.requires_grad_(False)
-    targets = set(targets)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and _last(name) in targets]
-    missing = targets - {_last(name) for name, _ in found}
-    if missing:
+    if missing := set(targets) - {_last(name) for name, _ in found}:
         raise ValueError(f"this model has no linear layer named {', '.join(sorted(missing))}")
     for name, module in found:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, _last(name), LoRALinear(module, rank, alpha))
+        setattr(model.get_submodule(name.rpartition(".")[0]), _last(name), LoRALinear(module, rank, alpha))
 
 
 def _last(name: str) -> str:
@@ -62,7 +57,7 @@ def _last(name: str) -> str:
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers of a model that have adapters, by name."""
+    """The layers with adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -71,11 +66,10 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layers = adapters(model)
     first = next(iter(layers.values()))
     rank = first.lora_A.out_features
-    tensors = {
-        f"{PREFIX}{name}.lora_{part}.weight": getattr(layer, f"lora_{part}").weight
-        for name, layer in layers.items()
-        for part in "AB"
-    }
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.weight.detach()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.weight.detach()
     config = {
         "peft_type": "LORA",
         "r": rank,
@@ -88,12 +82,11 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "base_model_name_or_path": None,
         "task_type": None,
     }
-    return {name: tensor.detach() for name, tensor in tensors.items()}, config
+    return tensors, config
 
 
 def expected(weights: Mapping[str, Tensor], names: Iterable[str], rank: int) -> dict[str, Tensor]:
-    """The tensors of adapters of this rank to these weights, for the layers that occur in `names`; on the meta device, to compare
-    types and shapes with."""
+    """The adapters of this rank to these weights, for the layers that occur in `names`: tensors on the meta device."""
     found = {}
     for layer in sorted({name.rpartition(".lora_")[0] for name in names}):
         weight = weights.get(f"{layer.removeprefix(PREFIX)}.weight")
@@ -104,17 +97,9 @@ def expected(weights: Mapping[str, Tensor], names: Iterable[str], rank: int) -> 
 
 
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load saved adapters into a model with adapters. Raises ValueError if rank, targets or shapes differ."""
-    wanted, _ = adapter_state(model)
-    if shapes(wanted) != shapes(tensors):
-        raise ValueError("the adapters have another rank, other targets or other shapes")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    """Load saved adapters, of the same names and shapes, into a model with adapters."""
+    for name, tensor in adapter_state(model)[0].items():
+        tensor.copy_(tensors[name])
 
 
 def merged(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -20,8 +19,7 @@ from papagaio.training.progress import Progress
 class RunLog:
     """Appends lines to out_dir/metrics.jsonl and shows them; a resumed run keeps the first progress.metrics_lines of them.
 
-    On a terminal there is a tqdm bar with speed and time left, elsewhere plain lines on standard error. A line that a full disk
-    refuses is kept and written with a later one.
+    On a terminal there is a bar, elsewhere lines on standard error. A line that a full disk refuses is written with a later one.
     """
 
     def __init__(self, config: RunOptions, progress: Progress) -> None:
@@ -35,8 +33,8 @@ class RunLog:
         self.started = self.measured_from = time.perf_counter()
         self.measured_tokens = 0
         self.interactive = sys.stderr.isatty()
-        options = {"initial": progress.step, "unit": "step", "disable": not self.interactive, "dynamic_ncols": True}
-        self.bar = tqdm(total=config.max_steps, **options)
+        shown = {"unit": "step", "disable": not self.interactive, "dynamic_ncols": True}
+        self.bar = tqdm(total=config.max_steps, initial=progress.step, **shown)
         self.wandb = _start_wandb(config) if config.wandb != "off" else None
 
     def write(self, progress: Progress, **values: float) -> None:
@@ -61,18 +59,15 @@ class RunLog:
         """The line of an evaluation, a warning of overfitting, and a text of the model; returns whether val_loss is the best."""
         self.write(progress, epoch=epoch, **measured)
         best = progress.note_evaluation(measured["val_loss"])
-        if progress.overfits(measured["val_loss"]) and not progress.overfitting_reported:
-            self.say(progress.overfitting_notice(measured["val_loss"], epoch))
-            progress.overfitting_reported = True
+        if notice := progress.overfitting_notice(measured["val_loss"], epoch):
+            self.say(notice)
         if text:
             self.say("  | " + text.replace("\n", "\n  | "))
         return best
 
     def write_training(self, progress: Progress, flops_per_token: int, peak: float | None, **values: float) -> None:
-        """The line of the steps since the one before: train_loss, the finite ones of these values, and the speed.
-
-        `peak` is the device's FLOP/s; None if it is unknown, and then there is no mfu.
-        """
+        """The line of the steps since the one before: train_loss, the finite ones of these values, tokens_per_second, and mfu if
+        `peak`, the device's FLOP/s, is known."""
         progress.close_line()
         speed = self.measured_tokens / (time.perf_counter() - self.measured_from)
         self.measured_from, self.measured_tokens = time.perf_counter(), 0
@@ -126,17 +121,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _start_wandb(config: RunOptions) -> ModuleType:
+def _start_wandb(config: RunOptions) -> Any:
     import wandb
 
-    wandb.init(
-        project="papagaio",
-        mode=config.wandb,
-        dir=config.out_dir,
-        # Numbers and choices: never a path, a name, or anything about the machine.
-        config=config.model_dump(mode="json", include=set(config.by_resume("same", "free"))),
-        settings=wandb.Settings(
-            console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True
-        ),
-    )
-    return wandb
+    # Numbers and choices: never a path, a name, or anything about the machine.
+    values = config.model_dump(mode="json", include=set(config.by_resume("same", "free")))
+    settings = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True)
+    return wandb.init(project="papagaio", mode=config.wandb, dir=config.out_dir, config=values, settings=settings)

@@ -1,6 +1,7 @@
 """Optimizers: AdamW, and Muon for the hidden matrices; and the learning rate over time."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +40,11 @@ class Muon(torch.optim.Optimizer):
     operations; their momenta are stacked and stored as the state of the first of them.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = MOMENTUM, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: list[nn.Parameter] | list[dict[str, Any]], lr: float, momentum: float = MOMENTUM, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        (params,) = (group["params"] for group in self.param_groups)
         shapes = sorted({tuple(sorted(p.shape)) for p in params})
         self.stacks = [[p for p in params if tuple(sorted(p.shape)) == shape] for shape in shapes]
 
@@ -63,15 +67,11 @@ class Muon(torch.optim.Optimizer):
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
     """The state of one of these optimizers after its first step, by parameter, on the meta device."""
+    empty = partial(torch.empty, device="meta")
     if isinstance(optimizer, Muon):
-        stacks = optimizer.stacks
-        return {p[0]: {"momentum": torch.empty(len(p), *sorted(p[0].shape), device="meta")} for p in stacks}
-    moments = ("exp_avg", "exp_avg_sq")
-    return {
-        p: {"step": torch.empty((), device="meta")} | {name: torch.empty(p.shape, device="meta") for name in moments}
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+        return {p[0]: {"momentum": empty((len(p), *sorted(p[0].shape)))} for p in optimizer.stacks}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {p: {"step": empty(()), "exp_avg": empty(p.shape), "exp_avg_sq": empty(p.shape)} for p in params}
 
 
 def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Optimizer]:
@@ -86,20 +86,13 @@ def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Op
     fused = all(p.device.type in ("cpu", "cuda", "mps") for p in trained.values())
 
     def group(roles_inside: tuple[str, ...], rate: float, weight_decay: float = 0.0) -> dict[str, Any]:
-        return {
-            "params": [p for name, p in trained.items() if roles[name] in roles_inside],
-            "lr": rate,
-            "weight_decay": weight_decay,
-        }
+        params = [p for name, p in trained.items() if roles[name] in roles_inside]
+        return {"params": params, "lr": rate, "weight_decay": weight_decay, "peak_lr": rate}
 
-    def adamw(groups: list[dict[str, Any]], eps: float) -> list[torch.optim.Optimizer]:
-        groups = [each for each in groups if each["params"]]
-        return [torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=eps, fused=fused)] if groups else []
-
-    tables = ("table", "value_table", "bigram_table")
+    matrices = group(("matrix",), config.learning_rate, config.weight_decay)
     if config.optimizer == "adamw":
-        decayed = group(("matrix", "head", *tables), config.learning_rate, config.weight_decay)
-        optimizers = adamw([decayed, group(("vector", "gate"), config.learning_rate)], eps=1e-8)
+        tables = ("matrix", "head", "table", "value_table", "bigram_table")
+        groups = [group(tables, config.learning_rate, config.weight_decay), group(("vector", "gate"), config.learning_rate)]
     else:
         narrow = math.sqrt(384 / model.config.n_embd)
         table_rate, head_rate = config.embedding_learning_rate * narrow, config.head_learning_rate * narrow
@@ -110,29 +103,25 @@ def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Op
             group(("head", "vector"), head_rate),
             group(("gate",), config.embedding_learning_rate),
         ]
-        optimizers = adamw(groups, eps=1e-10)
-        if matrices := group(("matrix",), config.learning_rate)["params"]:  # none if they are frozen
-            optimizers.append(Muon(matrices, config.learning_rate, weight_decay=config.weight_decay))
-    for optimizer in optimizers:
-        for each in optimizer.param_groups:
-            each["peak_lr"] = each["lr"]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := [each for each in groups if each["params"]]:  # none if they are frozen
+        eps = 1e-8 if config.optimizer == "adamw" else 1e-10
+        optimizers.append(torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=eps, fused=fused))
+    if config.optimizer == "muon" and matrices["params"]:
+        optimizers.append(Muon([matrices], config.learning_rate))
     return optimizers
 
 
 def moment_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
-    """Bytes of the optimizers' moments after their first step."""
-    return sum(
-        p.nbytes * (1 if isinstance(optimizer, Muon) else 2)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
+    """Bytes of the optimizers' state after their first step."""
+    states = (state for optimizer in optimizers for state in expected_state(optimizer).values())
+    return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
 def schedule(step: int, config: RunOptions) -> float:
     """The learning rate of a step as a fraction of its peak, in [0, 1].
 
-    It rises linearly over warmup_steps, then falls to min_learning_rate: along a cosine, or constant and then linear.
+    It rises linearly over warmup_steps, then falls to min_learning_rate.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -146,6 +135,5 @@ def schedule(step: int, config: RunOptions) -> float:
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     """Set every group's learning rate to a fraction of its peak."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak_lr"]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = factor * group["peak_lr"]

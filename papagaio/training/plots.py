@@ -8,8 +8,7 @@ from papagaio.training.metrics import read_metrics
 def plot_losses(metrics: Path, picture: Path) -> None:
     """Draw training and validation loss over the steps of a metrics.jsonl.
 
-    The first steps fall by several nats, the others by tenths. The scale is that of all but the first tenth of the steps; what
-    lies above it is cut off, and the legend says where the curve starts.
+    The scale is that of all but the first tenth of the steps, where the loss falls by several nats; what lies above is cut off.
     """
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen and takes longer to import
 
@@ -25,11 +24,10 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     if len(settled) > 1 and max(settled) > min(settled):
         margin = 0.06 * (max(settled) - min(settled))
         axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    last = next((line for line in reversed(lines) if "val_loss" in line), None)
-    if last is not None:
+    if evaluated := [line for line in lines if "val_loss" in line]:
+        last = evaluated[-1]
         axes.set_title(f"validation loss {last['val_loss']:.4f} after {last['step']:,} steps", fontsize=10)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = picture.with_name(f".{picture.name}.tmp")

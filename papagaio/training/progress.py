@@ -57,15 +57,15 @@ class Progress:
         self.unimproved += 1
         return False
 
-    def overfits(self, val_loss: float) -> bool:
-        """Whether the validation loss has clearly risen since its best, in at least two evaluations in a row, while the training
-        loss has fallen. Less than 2 % and 0.02 nats is noise: 0.0091 -> 0.0092 is no overfitting."""
-        if self.best_train_loss is None or self.unimproved < 2:
-            return False
+    def overfitting_notice(self, val_loss: float, epochs: float) -> str | None:
+        """A warning, once, if the validation loss has clearly risen since its best, in at least two evaluations in a row, while
+        the training loss has fallen. Less than 2 % and 0.02 nats is noise: 0.0091 -> 0.0092 is no overfitting."""
+        if self.overfitting_reported or self.best_train_loss is None or self.unimproved < 2:
+            return None
         risen = val_loss - self.best_val_loss
-        return risen > max(0.02, 0.02 * self.best_val_loss) and self.train_loss < self.best_train_loss
-
-    def overfitting_notice(self, val_loss: float, epochs: float) -> str:
+        if risen <= max(0.02, 0.02 * self.best_val_loss) or self.train_loss >= self.best_train_loss:
+            return None
+        self.overfitting_reported = True
         return (
             f"warning: overfitting. Since step {self.best_step:,} the validation loss has risen from {self.best_val_loss:.4f} to "
             f"{val_loss:.4f} while the training loss has fallen from {self.best_train_loss:.4f} to {self.train_loss:.4f}: after "

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +10,16 @@ from torch import nn
 from papagaio import kernels, runtime
 from papagaio.batches.windows import Objective, mix
 from papagaio.errors import MachineError, is_out_of_memory
-from papagaio.training.guard import accepts
+from papagaio.training.guard import Places, Say, accepts
 from papagaio.training.options import RunOptions
 from papagaio.training.progress import Progress
 
 
 class Step(NamedTuple):
-    """What a training step returns: its loss in nats, the norm of its gradient, and whether the weights were changed."""
+    """What a training step returns: its loss in nats, and the norm of its gradient."""
 
     loss: float
     grad_norm: float
-    accepted: bool
 
 
 def prepare_model(model: nn.Module, config: RunOptions) -> None:
@@ -38,8 +36,7 @@ def prepare_model(model: nn.Module, config: RunOptions) -> None:
 class TrainingStep:
     """`step(batches, places)` trains on the batches of one optimizer step, whose weights sum to 1, in micro-batches.
 
-    `progress` tells which step it is, and keeps what the guard and the out-of-memory retry have to remember. The learning rates
-    are the optimizers' current ones.
+    `progress` tells which step it is, and keeps what the guard and the out-of-memory retry have to remember.
     """
 
     def __init__(
@@ -49,7 +46,7 @@ class TrainingStep:
         objective: Objective,
         config: RunOptions,
         progress: Progress,
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        say: Say = lambda text: print(text, file=sys.stderr),
     ) -> None:
         self.model, self.optimizers, self.objective = model, optimizers, objective
         self.config, self.progress, self.say = config, progress, say
@@ -59,20 +56,19 @@ class TrainingStep:
         if self.scaler.is_enabled() and progress.loss_scale:
             self.scaler.load_state_dict(progress.loss_scale)
 
-    def __call__(self, batches: list[Any], places: Callable[[], Sequence[str]] = list) -> Step:
-        """`places()` gives the origin of the batches' sequences, for messages. Raises MachineError if the loss or the gradient is
-        not finite, or if memory runs out, unless the options say how to go on."""
+    def __call__(self, batches: list[Any], places: Places = list) -> Step:
+        """Raises MachineError if the loss or the gradient is not finite, or if memory runs out, unless the options say how to go
+        on."""
         loss = self.accumulate_gradients(batches)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
-        accepted = accepts(loss, norm, self.scaler.get_scale(), self.progress, self.config, places, self.say)
-        if accepted:
+        if accepts(loss, norm, self.scaler.get_scale(), self.progress, self.config, places, self.say):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        return Step(loss, norm, accepted)
+        return Step(loss, norm)
 
     def accumulate_gradients(self, batches: list[Any]) -> float:
         """Add up the gradients of all micro-batches in the parameters; returns the loss of the step.
