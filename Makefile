@@ -20,8 +20,9 @@ out/atlas/data/manifest.json: data/atlas.py data/atlas.toml data/prepare.py | .v
 	$(RUN) data/atlas.py --out out/atlas
 	$(RUN) data/prepare.py --input out/atlas/corpus.jsonl --out out/atlas/data --vocab_size 2048 --keep_duplicates --overwrite
 
+# Two processes; with more threads than cores, the tests' tiny products would wait for each other.
 test: .venv
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-all: .venv
 	$(RUN) -m pytest -m "slow or not slow"
