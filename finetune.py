@@ -89,7 +89,7 @@ from dataclasses import dataclass
 import torch
 
 from model import GPT, GPTConfig
-from papagaio import runtime
+from papagaio import kernels, runtime
 from papagaio.batches import preferences
 from papagaio.batches.conversations import Conversation, Preference
 from papagaio.batches.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches, fingerprint
@@ -122,6 +122,8 @@ def main(config: FinetuneOptions) -> None:
         return
     print("the first example, with its supervised tokens marked:", file=sys.stderr)
     print(marked(data.training[0], tokenizer, colours(sys.stderr)), file=sys.stderr)
+    if config.freeze_layers > checkpoint.model_fields["n_layer"]:
+        raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {checkpoint.model_fields['n_layer']} blocks")
     config = complete_options(config, checkpoint, data)
     replay, replay_validation = open_replay(config, tokenizer, block_size, data)
     device = runtime.pick_device(config.device)
@@ -143,7 +145,7 @@ def main(config: FinetuneOptions) -> None:
         return
     model = make_model()
     checkpoint.load_model(model)
-    restrict(model, config).to(device)
+    kernels.accelerate(restrict(model, config).to(device))  # here and not only in fit: the reference uses it
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     print(f"{trained:,} of {every:,} parameters are trained ({trained / every:.1%}), on {device}", file=sys.stderr)
@@ -288,8 +290,6 @@ def restrict(model: GPT, config: FinetuneOptions) -> GPT:
             lora.add_adapters(model, targets, config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
         except ValueError as error:
             raise UserError(f"--lora_targets: {error}; it has {' '.join(sorted(names))}") from None
-    if config.freeze_layers > len(model.blocks):
-        raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {len(model.blocks)} blocks")
     model.blocks[: config.freeze_layers].requires_grad_(False)
     for name, parameter in model.named_parameters():
         if config.freeze_embeddings and "embed" in name:

@@ -170,6 +170,18 @@ def comparable(run: Path) -> dict[str, str]:
     return {str(path.relative_to(newest(run))): file_sha256(path) for path in newest(run).rglob("*") if path.is_file()}
 
 
+def test_a_dry_run_that_measures_a_part_takes_frozen_layers_of_the_whole(
+    world: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("papagaio.training.dry_run.LARGEST_MEASURED", 0)  # one layer is measured, two are frozen
+    status, out, err = call("finetune", *tune(world, tmp_path / "run", "--freeze_layers=2", "--dry_run"))
+    assert status == 0, err
+    assert out.splitlines()[-1].startswith("time: ")
+    status, _, err = call("finetune", *tune(world, tmp_path / "run", "--freeze_layers=3", "--dry_run"))
+    assert status == 2
+    assert "--freeze_layers=3: the model has 2 blocks" in err
+
+
 @pytest.mark.parametrize("kind", ["answers", "lora", "preferences"])
 def test_resume_ends_where_an_uninterrupted_run_does(kind: str, world: Path, tmp_path: Path, call: Call) -> None:
     more: dict[str, list[object]] = {
