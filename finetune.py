@@ -21,9 +21,10 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from papagaio.batches.questions import Report, hold_out, parse_source, read_conversations, read_examples, select
+from papagaio.batches.questions import hold_out, parse_source, read_conversations, read_examples, select
 from papagaio.errors import UserError, run
 from papagaio.options import option, parse
+from papagaio.report import Report
 from papagaio.training.options import RunOptions
 
 # Learning rates are a fraction of pretraining's, so that the model keeps what it knows. By the optimizer that the checkpoint was
@@ -229,7 +230,7 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
         held_out = select(read_examples(config.val_data), dropped, set(), config.keep_duplicates)
         held_out_keys = {row.key for row in held_out}
         for place in (row.place for rows in files for row in rows if row.key in held_out_keys):
-            dropped.drop("held out in --val_data", place)
+            dropped.note("dropped, held out in --val_data", place)
         files = [[row for row in rows if row.key not in held_out_keys] for rows in files]
     elif config.val_fraction == 0:
         held_out = [row for rows in files for row in rows]

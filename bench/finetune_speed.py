@@ -30,10 +30,11 @@ from finetune import RECIPES, FinetuneOptions, restrict
 from model import GPT, GPTConfig
 from papagaio import runtime
 from papagaio.batches.packing import Example, Mixture, arrange, collate, encode, supervised_weight
-from papagaio.batches.questions import Report, read_conversations
+from papagaio.batches.questions import read_conversations
 from papagaio.batches.windows import Batch, likelihood
 from papagaio.errors import run
 from papagaio.options import Options, option, parse
+from papagaio.report import Report
 from papagaio.runs.directory import open_checkpoint
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.progress import Progress

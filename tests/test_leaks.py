@@ -28,12 +28,13 @@ from papagaio import evaluation
 from papagaio.batches.conversations import Conversation, Message, render, render_prompt
 from papagaio.batches.packing import encode
 from papagaio.batches.preferences import encode_pairs
-from papagaio.batches.questions import Report, read_examples
+from papagaio.batches.questions import read_examples
 from papagaio.corpus.dataset import SPLITS, Dataset
 from papagaio.corpus.reading import list_spans, read
 from papagaio.generation.engine import Engine, Request, Step
 from papagaio.generation.sampling import Token
 from papagaio.generation.streaming import TextStream
+from papagaio.report import Report
 from papagaio.runs.checkpoint import contents, write_checkpoint
 from papagaio.tokenizer import (
     ASSISTANT,

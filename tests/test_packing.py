@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from model import GPT, PRESETS, GPTConfig
 from papagaio.batches.conversations import Conversation, render
 from papagaio.batches.packing import ConversationLoader, Example, Mixture, collate, encode, evaluation_batches, pack
-from papagaio.batches.questions import Report
 from papagaio.batches.windows import Batch, WindowLoader
+from papagaio.report import Report
 from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -129,10 +129,10 @@ def test_too_long_is_dropped_or_cut_and_always_leaves_something_to_learn() -> No
     talks = [talk("q", "a"), talk("q", "a" * 100), talk("q" * 100, "a"), talk("q" * 44, "ab")]
     report = Report()
     assert len(encode(talks, BYTES, 50, report)) == 2
-    assert report.places == {"longer than the context of 50 tokens": ["qa.jsonl:q", f"qa.jsonl:{'q' * 100}"]}
+    assert report.places == {"dropped, longer than the context of 50 tokens": ["qa.jsonl:q", f"qa.jsonl:{'q' * 100}"]}
     report = Report()
     whole, cut, edge = encode(talks, BYTES, 50, report, too_long="truncate")
-    assert report.places == {"no room for an answer in the context of 50 tokens": [f"qa.jsonl:{'q' * 100}"]}
+    assert report.places == {"dropped, no room for an answer in the context of 50 tokens": [f"qa.jsonl:{'q' * 100}"]}
     assert cut.ids.tolist() == render(BYTES, talks[1].messages).ids[:51]
     assert END not in cut.ids[cut.supervised].tolist(), "an end that was cut off is not supervised"
     assert whole.ids[whole.supervised].tolist() == [*b"a", END]

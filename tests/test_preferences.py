@@ -8,7 +8,7 @@ from model import GPT, GPTConfig
 from papagaio.batches import preferences as preference
 from papagaio.batches.conversations import Message, Preference, render
 from papagaio.batches.packing import Mixture
-from papagaio.batches.questions import Report
+from papagaio.report import Report
 from papagaio.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -97,7 +97,9 @@ def test_pairs_that_do_not_fit_are_counted_once() -> None:
     report = Report()
     rows = [ROWS[0], pair("q" * 60, "a", "b"), pair("q", "a", "b" * 60)]
     assert len(preference.encode_pairs(rows, BYTES, 64, report)) == 1
-    assert {reason: len(places) for reason, places in report.places.items()} == {"longer than the context of 64 tokens": 2}
+    assert {reason: len(places) for reason, places in report.places.items()} == {
+        "dropped, longer than the context of 64 tokens": 2
+    }
 
 
 def test_a_batch_splits_and_moves_together() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from papagaio.batches.conversations import Conversation
 from papagaio.batches.questions import (
-    Report,
     hold_out,
     parse_source,
     read_choices,
@@ -21,6 +20,7 @@ from papagaio.batches.questions import (
     select,
 )
 from papagaio.errors import UserError
+from papagaio.report import Report
 
 Contents = list[list[tuple[str, str]]]
 PLAIN = [("user", "q"), ("assistant", "a")]
@@ -192,7 +192,7 @@ def test_what_cannot_be_trained_on_is_dropped_and_counted() -> None:
     first, second = report.lines()
     assert first == ("dropped, empty answer: 7 (qa.jsonl:q , qa.jsonl:0, qa.jsonl:1, qa.jsonl:2, qa.jsonl:3, ...)")
     assert second == "dropped, a duplicate: 1 (qa.jsonl:qa)"
-    assert report.first(Path("qa.jsonl")) == "qa.jsonl:q : empty answer"
+    assert report.first(Path("qa.jsonl")) == "qa.jsonl:q : dropped, empty answer"
     assert report.first(Path("a.jsonl")) == "a.jsonl"
     assert len(select(rows, Report(), set(), keep_duplicates=True)) == 3
 

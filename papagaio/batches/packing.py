@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from papagaio.batches.conversations import Conversation, TrainOn, render
-from papagaio.batches.questions import Report
 from papagaio.batches.windows import Batch, WindowLoader, mix, permute
 from papagaio.errors import located
+from papagaio.report import Report
 from papagaio.tokenizer import Tokenizer
 
 TooLong = Literal["drop", "truncate"]
@@ -59,11 +59,11 @@ def encode(
             ids, supervised = render(tokenizer, conversation.messages, train_on)
         if len(ids) > block_size + 1:
             if too_long == "drop":
-                report.drop(f"longer than the context of {block_size} tokens", conversation.place)
+                report.note(f"dropped, longer than the context of {block_size} tokens", conversation.place)
                 continue
             ids, supervised = ids[: block_size + 1], supervised[: block_size + 1]
         if not any(supervised):
-            report.drop(f"no room for an answer in the context of {block_size} tokens", conversation.place)
+            report.note(f"dropped, no room for an answer in the context of {block_size} tokens", conversation.place)
             continue
         examples.append(Example(np.array(ids, np.uint32), np.array(supervised), conversation.weight, conversation.place))
     return examples

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from papagaio.batches.conversations import Conversation, Preference
 from papagaio.batches.packing import Example, MixtureLoader, TooLong, collate, encode
-from papagaio.batches.questions import Report
 from papagaio.batches.windows import Batch, Objective, likelihood
+from papagaio.report import Report
 from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def encode_pairs(
         if len(examples) == 2:
             pairs.append(Pair(*examples))
         else:
-            report.drop(next(iter(dropped.places)), row.place)
+            report.note(next(iter(dropped.places)), row.place)
     return pairs
 
 

@@ -28,6 +28,7 @@ from papagaio.corpus.tables import open_parquet
 from papagaio.corpus.text import blocks_of
 from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, parse_json, refuse_pickle
+from papagaio.report import Report
 
 RowT = TypeVar("RowT", Conversation, Preference)
 ModelT = TypeVar("ModelT", bound=Strict)
@@ -230,35 +231,14 @@ def read_choices(path: Path) -> list[Choice]:
     return rows
 
 
-class Report:
-    """The rows that were dropped, by reason: `dropped, empty answer: 3 (qa.jsonl:4, qa.jsonl:9, qa.jsonl:12)`."""
-
-    def __init__(self) -> None:
-        self.places: dict[str, list[str]] = {}
-
-    def drop(self, reason: str, place: str) -> None:
-        self.places.setdefault(reason, []).append(place)
-
-    def lines(self) -> list[str]:
-        return [
-            f"dropped, {reason}: {len(places):,} ({', '.join(places[:5])}{', ...' if len(places) > 5 else ''})"
-            for reason, places in self.places.items()
-        ]
-
-    def first(self, path: Path) -> str:
-        """The first row of a file that was dropped, with the reason; else the path. For the error that no row is left."""
-        found = (f"{p}: {reason}" for reason, places in self.places.items() for p in places if p.startswith(f"{path}:"))
-        return next(found, str(path))
-
-
 def select(rows: Iterable[RowT], report: Report, known: set[str], keep_duplicates: bool = False) -> list[RowT]:
     """The rows without empty answers and duplicates, which are noted in `report`. Adds the rows' keys to `known`."""
     kept = []
     for row in rows:
         if not all(answer.content.strip() for answer in row.answers):
-            report.drop("empty answer", row.place)
+            report.note("dropped, empty answer", row.place)
         elif row.key in known and not keep_duplicates:
-            report.drop("a duplicate", row.place)
+            report.note("dropped, a duplicate", row.place)
         else:
             known.add(row.key)
             kept.append(row)
