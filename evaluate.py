@@ -9,13 +9,14 @@ its answer is the next line. Standard output carries a table with one column per
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from papagaio.errors import UserError, run
+from papagaio.errors import MachineError, UserError, run
 from papagaio.options import Options, option, parse
 
 
@@ -54,6 +55,7 @@ import torch
 
 from model import GPT, GPTConfig
 from papagaio import kernels, runtime
+from papagaio.batches.choices import Choice
 from papagaio.batches.conversations import Conversation
 from papagaio.batches.questions import read_choices, read_conversations
 from papagaio.batches.windows import Batch, ValidationWindows
@@ -68,14 +70,18 @@ from papagaio.evaluation import (
     answer_questions,
     choose,
     choose_shots,
+    dataset_texts,
     evaluate_loss,
     question_ids,
     text_batches,
 )
 from papagaio.files import to_json, write_whole
 from papagaio.generation.engine import Engine
-from papagaio.runs.checkpoint import Checkpoint, model_maker
+from papagaio.report import Report
+from papagaio.runs.checkpoint import model_maker
 from papagaio.runs.directory import open_checkpoint
+
+Column = dict[str, dict[str, Any]]  # one checkpoint's figures: {what is measured: {measure: value}}
 
 READING = ReadingOptions()  # texts are read as data/prepare.py reads them by default
 
@@ -85,50 +91,75 @@ def main(config: EvaluateOptions) -> None:
     questions = {path: read_conversations(path) for path in config.questions}
     choices = {path: read_choices(path) for path in config.choices}
     pool = read_conversations(config.shots_data) if config.shots_data else []
-    texts = {name: open_text(name, checkpoints) for name in config.text}
+    texts = {name: open_text(name) for name in config.text}
     device = runtime.pick_device(config.device)
-    columns: list[dict[str, dict[str, Any]]] = []
+    columns: list[Column] = []
     answers: dict[tuple[Path, int], list[Answer]] = {}  # by file of questions and number of the checkpoint
+    errors: dict[str, UserError | MachineError] = {}  # the last one of each measure
     for number, (path, checkpoint) in enumerate(zip(config.checkpoint, checkpoints, strict=True)):
-        print(f"{path}: measuring", file=sys.stderr)
         model = kernels.accelerate(checkpoint.build(model_maker(GPT, GPTConfig), device, torch.float32))
         engine = Engine(model, checkpoint.tokenizer, runtime.pick_dtype(config.dtype, device), checkpoint.is_chat)
-        column = {f"text {name}": measure_text(engine, source, config.batch_size) for name, source in texts.items()}
+        measures: dict[str, Callable[[Report], dict[str, Any]]] = {}
+        for name, source in texts.items():
+            measures[f"text {name}"] = partial(measure_text, engine, source, config.batch_size)
         for file, rows in questions.items():
-            column[f"questions {file}"], answers[file, number] = measure_questions(engine, rows, pool, config)
+            found = answers[file, number] = []
+            measures[f"questions {file}"] = partial(measure_questions, engine, rows, pool, config, found)
         for file, rows in choices.items():
-            picked = choose(engine, rows, None if engine.is_chat else pool[: config.shots])
-            right = [index == row.right() for index, row in zip(picked, rows, strict=True)]
-            chance = sum(1 / len(row.choices) for row in rows) / len(rows)
-            column[f"choices {file}"] = {"questions": len(rows), "accuracy": sum(right) / len(rows), "by chance": chance}
-        columns.append(column)
+            measures[f"choices {file}"] = partial(measure_choices, engine, rows, pool[: config.shots])
+        columns.append({})
+        for what, measure in measures.items():
+            print(f"{path}: measuring {what}", file=sys.stderr)
+            report = Report()
+            try:
+                columns[-1][what] = measure(report)
+            except (UserError, MachineError) as error:  # other checkpoints may still be measured
+                errors[what] = error
+                print(f"{path}: {what} is not measured: {error}", file=sys.stderr)
+            for line in report.lines():
+                print(f"{path}: {line}", file=sys.stderr)
+    for what, error in errors.items():
+        if not any(what in column for column in columns):
+            raise error
     print(table([str(path) for path in config.checkpoint], columns))
     for file, rows in questions.items():
         for i, conversation in enumerate(rows[: config.show]):
             print(f"\n{conversation.messages[-2].content} (right: {conversation.answer})")
             for number, path in enumerate(config.checkpoint):
-                print(f"  {path}: {answers[file, number][i].text}")
+                print(f"  {path}: {answers[file, number][i].shown if answers[file, number] else '-'}")
     if config.json_ is not None:
         results = [{"checkpoint": str(p), "results": c} for p, c in zip(config.checkpoint, columns, strict=True)]
         write_whole(config.json_, to_json(results))
 
 
-def measure_text(engine: Engine, source: Dataset | list[Span], batch_size: int) -> dict[str, float]:
-    if isinstance(source, Dataset):
+def measure_text(engine: Engine, source: Dataset | list[Span], batch_size: int, report: Report) -> dict[str, float]:
+    """Bits per byte, and nats per token, which only checkpoints with the same tokenizer have in common.
+
+    A dataset of another tokenizer is turned back into text, and encoded with the checkpoint's own.
+    """
+    if isinstance(source, Dataset) and source.tokenizer.sha256 == engine.tokenizer.sha256:
         batches: Iterable[Batch] = ValidationWindows(source, engine.block_size, batch_size)
     else:
-        fragments = ((fragment.text, fragment.first) for span in source for fragment in read(span, READING))
+        if isinstance(source, Dataset):
+            fragments = dataset_texts(source)
+        else:
+            fragments = ((fragment.text, fragment.first) for span in source for fragment in read(span, READING))
         batches = text_batches(fragments, engine.tokenizer, engine.block_size, batch_size)
     measured = evaluate_loss(engine.model, batches, engine.tokenizer, engine.dtype)
     return {"bits per byte": measured["val_bpb"], "nats per token": measured["val_loss"]}
 
 
 def measure_questions(
-    engine: Engine, rows: list[Conversation], pool: list[Conversation], config: EvaluateOptions
-) -> tuple[dict[str, Any], list[Answer]]:
-    """The measures of a file of questions, also by language and kind if there are several, and the answers."""
+    engine: Engine,
+    rows: list[Conversation],
+    pool: list[Conversation],
+    config: EvaluateOptions,
+    answers: list[Answer],
+    report: Report,
+) -> dict[str, Any]:
+    """The measures of a file of questions, also by language and kind if there are several. The answers are added to `answers`."""
     shots = None if engine.is_chat else [choose_shots(pool, row, config.shots) for row in rows]
-    answers = answer_questions(engine, rows, 2 * config.batch_size, shots)
+    answers += answer_questions(engine, rows, report, 2 * config.batch_size, shots)
     asked = zip(rows, shots or [None] * len(rows), strict=True)
     ids = [question_ids(engine.tokenizer, *question, engine.block_size, 0) for question in asked]
     perplexity = answer_perplexity(answer_nats(engine, ids, config.batch_size), ids)
@@ -138,35 +169,56 @@ def measure_questions(
         for name in names if len(names) > 1 else []:
             part = scores([answer for answer in answers if getattr(answer.conversation, group) == name])
             measures |= {f"{key}, {group} {name} ({part['questions']:,})": part[key] for key in ("exact match", "F1")}
-    return measures, answers
+    return measures
+
+
+def measure_choices(engine: Engine, rows: list[Choice], shots: list[Conversation], report: Report) -> dict[str, Any]:
+    """Accuracy in multiple choice, over all questions; those that do not fit into the context count as wrong."""
+    picked = choose(engine, rows, None if engine.is_chat else shots, report)
+    right = [index == row.right() for index, row in zip(picked, rows, strict=True)]
+    chance = sum(1 / len(row.choices) for row in rows) / len(rows)
+    return {
+        "questions": len(rows),
+        "accuracy": sum(right) / len(rows),
+        "by chance": chance,
+        "do not fit": picked.count(-1),
+    }
 
 
 def scores(answers: list[Answer]) -> dict[str, Any]:
     """Means over the answers."""
-    measures = {"exact match": "correct", "exact match, normalized": "normalized", "F1": "f1", "ended by itself": "ended"}
+    measures = {
+        "exact match": "correct",
+        "exact match, normalized": "normalized",
+        "F1": "f1",
+        "ended by itself": "ended",
+        "cut": "cut",
+    }
     means = {name: sum(getattr(answer, key) for answer in answers) / len(answers) for name, key in measures.items()}
-    return {"questions": len(answers)} | means
+    return {"questions": len(answers)} | means | {"do not fit": sum(not answer.fits for answer in answers)}
 
 
-def open_text(name: str, checkpoints: list[Checkpoint]) -> Dataset | list[Span]:
-    """A dataset, or the spans of files. Raises UserError if a dataset was made with another tokenizer than the checkpoints'."""
+def open_text(name: str) -> Dataset | list[Span]:
+    """A dataset, or the spans of files."""
     if Path(name, "manifest.json").is_file():
-        dataset = Dataset(Path(name))
-        for checkpoint in checkpoints:
-            if checkpoint.tokenizer.sha256 != dataset.tokenizer.sha256:
-                raise UserError(f"{name}: its tokenizer is not that of {checkpoint.path}; give the text itself to --text")
-        return dataset
-    return list_spans((name,), READING)
+        return Dataset(Path(name))
+    report = Report()
+    spans = list_spans((name,), READING, report)
+    for line in report.lines():
+        print(line, file=sys.stderr)
+    return spans
 
 
-def table(names: list[str], columns: list[dict[str, dict[str, Any]]]) -> str:
-    """One block per thing measured, one row per measure, one column per checkpoint."""
+def table(names: list[str], columns: list[Column]) -> str:
+    """One block per thing measured, one row per measure, one column per checkpoint; "-" for what could not be measured."""
     rows: list[list[str]] = [["", *names]]
-    for what, measures in columns[0].items():
+    for what in dict.fromkeys(what for column in columns for what in column):
         rows.append([what, *[""] * len(names)])
-        for measure in measures:
-            values = [column[what][measure] for column in columns]
-            rows.append([f"  {measure}", *[f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values]])
+        parts = [column.get(what, {}) for column in columns]
+        for measure in dict.fromkeys(measure for part in parts for measure in part):
+            values = [part.get(measure) for part in parts]
+            cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values]
+            rows.append([f"  {measure}", *cells])
     first, *others = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     line = "  ".join([f"{{:<{first}}}", *[f"{{:>{width}}}" for width in others]])
     return "\n".join(line.format(*row).rstrip() for row in rows)

@@ -10,10 +10,13 @@ The loss is on the assistant's tokens and the end token after them; for rows of 
 has never seen.
 """
 
+import glob
 import math
 import random
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,9 +24,10 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from papagaio.batches.questions import hold_out, parse_source, read_conversations, read_examples, select
+from papagaio.batches.mixture import Mixture, parse_source
+from papagaio.batches.questions import Reader, hold_out, select
 from papagaio.errors import UserError, run
-from papagaio.options import option, parse
+from papagaio.options import load_toml, option, parse
 from papagaio.report import Report
 from papagaio.training.options import RunOptions
 
@@ -35,7 +39,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": dict(optimizer="adamw", learning_rate=1e-2, beta1=0.9, decay_fraction=1.0),
     "preferences": dict(optimizer="adamw", learning_rate=2e-5, beta1=0.9, decay_fraction=1.0, grad_clip=1.0),
 }
+REPLAY_EVAL_TOKENS = 16384  # of each evaluation of replayed text, without --eval_tokens: a run on sixty questions takes seconds
 EPOCHS, LEAST_STEPS = 3, 150  # default of max_steps: a small model needs some steps to learn the template
+MUCH_FORGOTTEN = 0.1  # rise of the bits per byte of pretraining text that is warned of
 _data, _replay = partial(option, group="Data"), partial(option, group="Replay")
 _train, _lora = partial(option, group="What is trained"), partial(option, group="LoRA")
 
@@ -45,11 +51,20 @@ class FinetuneOptions(RunOptions):
 
     init_from: Path = option(..., "checkpoint to start from: a run, or a checkpoint directory", group="Run", resume="content")
     data: tuple[str, ...] = _data(
-        ..., "questions: .jsonl, .json, .csv or .parquet; with FILE:2 an epoch has each row twice", resume="content", min_length=1
+        ...,
+        "files of questions (JSON, CSV, Parquet), directories, patterns, hf://NAME; FILE:2: each row twice an epoch",
+        resume="content",
+        min_length=1,
     )
+    encoding: str = _data("utf-8", "encoding of the files of questions; auto: found for each file")
+    skip_bad: bool = _data(False, "leave out rows that cannot be read, instead of stopping")
+    question_key: str | None = _data(None, "key of the question, if the rows have none of the known shapes")
+    answer_key: str | None = _data(None, "key of the answer, if the rows have none of the known shapes")
     val_data: Path | None = _data(None, "questions for the validation loss (default: a part of --data)", resume="content")
     val_fraction: float = _data(0.05, "part of --data held out, without --val_data (0: none, measured on all)", ge=0, lt=1)
-    test_data: Path | None = _data(None, "questions asked at the end: exact match of greedy answers", resume="content")
+    test_data: tuple[Path, ...] = _data(
+        (), "files of questions asked at the end: exact match of greedy answers, a table each", resume="content"
+    )
     control_data: Path | None = _data(None, "questions that pretraining left out: how far guessing gets", resume="content")
     preview: int | None = _data(None, "show this many examples, supervised tokens in colour, and stop", resume="ignored", ge=1)
     too_long: Literal["drop", "truncate"] = _data("drop", "conversations longer than the context: drop, or cut the answer")
@@ -70,9 +85,10 @@ class FinetuneOptions(RunOptions):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for word in self.data:
-            parse_source(word)
-        for path in (self.val_data, self.test_data, self.control_data):
+        for name in (parse_source(word).name for word in self.data):
+            if not (name.startswith("hf://") or glob.has_magic(name) or Path(name).exists()):
+                raise ValueError(f"{name}: no such file; questions and answers in .jsonl, .json, .csv or .parquet are needed")
+        for path in (self.val_data, *self.test_data, self.control_data):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: no such file; questions and answers in .jsonl, .json, .csv or .parquet are needed")
         if self.lora_rank and (self.freeze_layers or self.freeze_embeddings):
@@ -93,15 +109,16 @@ from model import GPT, GPTConfig
 from papagaio import kernels, runtime
 from papagaio.batches import preferences
 from papagaio.batches.conversations import Conversation, Preference
-from papagaio.batches.packing import ConversationLoader, Example, Mixture, encode, evaluation_batches, fingerprint
+from papagaio.batches.packing import ConversationLoader, Example, encode, evaluation_batches, fingerprint
 from papagaio.batches.preferences import Pair, PairLoader
 from papagaio.batches.prefetch import Prefetch
 from papagaio.batches.windows import ValidationWindows, WindowLoader, likelihood
 from papagaio.corpus.dataset import Dataset
-from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
+from papagaio.corpus.folders import find_files
+from papagaio.evaluation import answer_questions, endings, evaluate_loss, exact_match_line, exact_match_table
 from papagaio.generation.engine import Engine
 from papagaio.runs.checkpoint import Checkpoint, contents, model_maker, write_checkpoint
-from papagaio.runs.directory import locked, open_checkpoint
+from papagaio.runs.directory import locked, open_checkpoint, refuse_taken
 from papagaio.terminal import colours
 from papagaio.tokenizer import Tokenizer
 from papagaio.training import lora
@@ -112,11 +129,15 @@ from train import fit
 
 
 def main(config: FinetuneOptions) -> None:
+    if not config.dry_run and config.preview is None:
+        refuse_taken(config)
     checkpoint = open_checkpoint(config.init_from, config.base)
     checkpoint.outline(model_maker(GPT, GPTConfig))  # refuses a model.json that the weights do not fit
     tokenizer, block_size = checkpoint.tokenizer, checkpoint.model_fields["block_size"]
-    test, control = (read_conversations(path) if path else [] for path in (config.test_data, config.control_data))
-    data = read_data(config, tokenizer, block_size, test)
+    reader = Reader(config.encoding, config.skip_bad, config.question_key, config.answer_key)
+    tests = {path: reader.conversations(path) for path in config.test_data}
+    control = reader.conversations(config.control_data) if config.control_data else []
+    data = read_data(config, reader, tokenizer, block_size, [row for rows in tests.values() for row in rows])
     if config.preview is not None:
         for example in data.training[: config.preview]:
             print(marked(example, tokenizer, colours(sys.stdout)))
@@ -126,7 +147,14 @@ def main(config: FinetuneOptions) -> None:
     if config.freeze_layers > checkpoint.model_fields["n_layer"]:
         raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {checkpoint.model_fields['n_layer']} blocks")
     config = complete_options(config, checkpoint, data)
-    replay, replay_validation = open_replay(config, tokenizer, block_size, data)
+    if config.lora_rank and config.lora_targets and "head" not in config.lora_targets and not checkpoint.is_chat:
+        print(
+            "warning: this base has never seen the chat template, and without `head` in --lora_targets the adapters hardly learn "
+            "its tokens: answers may not end",
+            file=sys.stderr,
+        )
+    base_text = config.replay_data or pretraining_data(checkpoint)
+    replay, replay_validation = open_replay(config, base_text, tokenizer, block_size, data)
     device = runtime.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
@@ -166,20 +194,21 @@ def main(config: FinetuneOptions) -> None:
         def evaluate() -> dict[str, float]:
             measured = measure()
             if replay_validation is not None:
-                measured["replay_bpb"] = evaluate_loss(model, replay_validation, tokenizer, dtype)["val_bpb"]
+                replayed = evaluate_loss(model, replay_validation, tokenizer, dtype)
+                measured |= {"replay_val_loss": replayed["val_loss"], "replay_bpb": replayed["val_bpb"]}
             return measured
 
         def preview() -> str:
             """The model's answer to the first held-out question."""
             answer = answer_questions(engine, data.shown[:1])[0]
-            return f"{data.shown[0].messages[-2].content} -> {answer.text}"
+            return f"{data.shown[0].messages[-2].content} -> {answer.shown}"
 
         identity = Identity(
             stage="finetune",
             objective="preferences" if data.pairs else "answers",
             base_sha256=checkpoint.weights_sha256,
             data_sha256=fingerprint(sides(data.training)),
-            replay_sha256=replay.dataset.sha256 if replay is not None else None,
+            replay_sha256=replay.datasets[0].sha256 if replay is not None else None,
         )
         with Prefetch(loader, device) as batches:
             fit(model, batches, evaluate, preview, tokenizer, config, identity, objective)
@@ -188,9 +217,10 @@ def main(config: FinetuneOptions) -> None:
         if config.lora_merge:
             result, merged = open_checkpoint(config.out_dir, config.init_from), make_model()
             result.load_model(merged)
-            write_checkpoint(config.out_dir / "merged", contents(merged, [], result.state), tokenizer)
+            final = (config.out_dir / "merged").resolve()  # a link to another disk stays
+            write_checkpoint(final, contents(merged, [], result.state), tokenizer)
             print(f"{config.out_dir / 'merged'}: a checkpoint with the adapters added in", file=sys.stderr)
-        report(engine, test, control, config)
+        report(engine, tests, control, base_text, config)
 
 
 @dataclass(frozen=True)
@@ -212,29 +242,30 @@ def sides(items: Sequence[Example | Pair]) -> list[Example]:
     return [side for item in items for side in (item if isinstance(item, Pair) else [item])]
 
 
-def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, test: Sequence[Conversation]) -> Data:
-    """The files' conversations or preferences as examples. Prints what there is, and what was dropped and why.
+def read_data(
+    config: FinetuneOptions, reader: Reader, tokenizer: Tokenizer, block_size: int, test: Sequence[Conversation]
+) -> Data:
+    """The files' conversations or preferences as examples. Prints what there is, and what was left out and why.
 
-    Raises UserError if nothing is left to train on or to validate with.
+    Raises UserError if rows cannot be read, or if nothing is left to train on or to validate with.
     """
-    dropped, known = Report(), set[str]()
+    sources = [parse_source(word) for word in config.data]
+    read = [[row for file in expand(source.name, reader.report) for row in reader.examples(file)] for source in sources]
+    read_held_out = reader.examples(config.val_data) if config.val_data is not None else []
+    report, known = reader.check(), set[str]()
 
     def encoded(rows: Sequence[Conversation] | Sequence[Preference]) -> list[Example] | list[Pair]:
         if rows and isinstance(rows[0], Preference):
-            return preferences.encode_pairs(rows, tokenizer, block_size, dropped, config.too_long)
-        return encode(rows, tokenizer, block_size, dropped, config.too_long, config.train_on)
+            return preferences.encode_pairs(rows, tokenizer, block_size, report, config.too_long)
+        return encode(rows, tokenizer, block_size, report, config.too_long, config.train_on)
 
-    sources = [parse_source(word) for word in config.data]
-    files = [select(read_examples(source.path), dropped, known, config.keep_duplicates) for source in sources]
+    files = [select(rows, report, known, config.keep_duplicates) for rows in read]
     if config.val_data is not None:
-        held_out = select(read_examples(config.val_data), dropped, set(), config.keep_duplicates)
+        held_out = select(read_held_out, report, set(), config.keep_duplicates)
         held_out_keys = {row.key for row in held_out}
         for place in (row.place for rows in files for row in rows if row.key in held_out_keys):
-            dropped.note("dropped, held out in --val_data", place)
+            report.note("dropped, held out in --val_data", place)
         files = [[row for row in rows if row.key not in held_out_keys] for rows in files]
-    elif config.val_fraction == 0:
-        held_out = [row for rows in files for row in rows]
-        print("nothing is held out: val_loss is of the training data", file=sys.stderr)
     else:
         parts = [hold_out(rows, config.val_fraction) for rows in files]
         files, held_out = [training for training, _ in parts], [row for _, rows in parts for row in rows]
@@ -243,22 +274,27 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
         raise UserError(f"{config.data[0]}: {' and '.join(sorted(kinds))} rows do not go together; they need runs of their own")
     examples, validation = [encoded(rows) for rows in files], encoded(held_out)
     training = [example for part in examples for example in part]
+    if on_training_data := config.val_data is None and config.val_fraction == 0:
+        held_out, validation = [row for rows in files for row in rows], training
 
     lengths = [len(side.ids) for side in sides(training)]
     supervised = sum(int(side.supervised[1:].sum()) for side in sides(training))
+    apart = "none held out (val_loss is of the training data)" if on_training_data else f"{len(validation):,} held out"
     print(
-        f"{len(training):,} {'preferences' if 'Preference' in kinds else 'conversations'} to train on, {len(validation):,} held "
-        f"out; {sum(lengths):,} tokens, {supervised:,} of them supervised; the longest has {max(lengths, default=0):,}, "
-        f"the context {block_size:,}",
-        *dropped.lines(),
+        f"{len(training):,} {'preferences' if 'Preference' in kinds else 'conversations'} to train on, {apart}; "
+        f"{sum(lengths):,} tokens, {supervised:,} of them supervised; the longest has {max(lengths, default=0):,}, the context "
+        f"{block_size:,}",
+        *report.lines(),
         sep="\n",
         file=sys.stderr,
     )
     if not training:
-        raise UserError(f"{dropped.first(sources[0].path)}; nothing is left to train on in {', '.join(config.data)}")
-    if not validation:
-        where = dropped.first(config.val_data or sources[0].path)
-        raise UserError(f"{where}; no conversation is left to validate with: name a --val_data file, or a larger --val_fraction")
+        raise UserError(f"{report.first(Path(sources[0].name))}; nothing is left to train on in {', '.join(config.data)}")
+    if not validation and not config.preview:
+        where = report.first(config.val_data or Path(sources[0].name))
+        one = "; a single one cannot be both: --val_fraction 0 measures val_loss on it" if len(training) == 1 else ""
+        cure = one or ": name a --val_data file, or a larger --val_fraction"
+        raise UserError(f"{where}; no conversation is left to validate with{cure}")
     if leaked := len(known & {conversation.key for conversation in test}):
         print(f"warning: {leaked:,} of the {len(test):,} --test_data questions are in --data with their answers", file=sys.stderr)
     used = [(part, source.weight) for part, source in zip(examples, sources, strict=True) if part]
@@ -269,6 +305,11 @@ def read_data(config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, te
     return Data(training, mixture, validation, shown)
 
 
+def expand(name: str, report: Report) -> list[str]:
+    """The files of questions that a name of --data stands for; a dataset of the hub stands for itself."""
+    return [name] if name.startswith("hf://") else find_files([name], report)
+
+
 def complete_options(config: FinetuneOptions, checkpoint: Checkpoint, data: Data) -> FinetuneOptions:
     """The options, with defaults for this checkpoint and this data: optimizer, learning rates and number of steps."""
     chosen = config.model_fields_set
@@ -277,7 +318,9 @@ def complete_options(config: FinetuneOptions, checkpoint: Checkpoint, data: Data
     steps = config.max_steps
     if "max_steps" not in chosen:
         steps = max(LEAST_STEPS, math.ceil(EPOCHS * data.mixture.size / config.batch_size))
-        print(f"max_steps {steps:,}: {EPOCHS} times through the data, but at least {LEAST_STEPS}", file=sys.stderr)
+        times = steps * config.batch_size / data.mixture.size
+        least = f", because a small model needs {LEAST_STEPS} steps to learn the template" if steps == LEAST_STEPS else ""
+        print(f"max_steps {steps:,}: {times:,.1f} times through the data{least}", file=sys.stderr)
     intervals = {"max_steps": steps, "eval_interval": max(1, math.ceil(steps / 5))}
     return config.with_defaults({"optimizer": optimizer} | intervals | recipe)
 
@@ -300,17 +343,37 @@ def restrict(model: GPT, config: FinetuneOptions) -> GPT:
     return model
 
 
+def pretraining_data(checkpoint: Checkpoint) -> Path | None:
+    """The dataset that the checkpoint was pretrained on, if its run's config.toml names it and it is still there."""
+    with suppress(UserError, KeyError):
+        config = load_toml(checkpoint.path.parent.parent / "config.toml")[1]
+        words = [] if "init_from" in config else config["data"]
+        for word in [words] if isinstance(words, str) else words:
+            path = Path(parse_source(word).name)
+            if (path / "manifest.json").is_file() and Dataset(path).tokenizer.sha256 == checkpoint.tokenizer.sha256:
+                return path
+    return None
+
+
 def open_replay(
-    config: FinetuneOptions, tokenizer: Tokenizer, block_size: int, data: Data
+    config: FinetuneOptions, directory: Path | None, tokenizer: Tokenizer, block_size: int, data: Data
 ) -> tuple[WindowLoader | None, ValidationWindows | None]:
-    """Windows of pretraining text to mix in, and its validation split, on which forgetting is measured."""
-    if config.replay_data is None:
+    """Windows of pretraining text to mix in (--replay_data), and its validation split, on which forgetting is measured."""
+    if directory is None:
+        print(
+            "forgetting is not measured: name the text of pretraining with --replay_data (--replay 0: only measure)",
+            file=sys.stderr,
+        )
         return None, None
-    dataset = Dataset(config.replay_data)
+    dataset = Dataset(directory)
     if dataset.tokenizer.sha256 != tokenizer.sha256:
-        raise UserError(f"{config.replay_data}: its tokenizer is not the checkpoint's; prepare it with --tokenizer DIR")
-    validation = ValidationWindows(dataset, block_size, max(1, 8192 // block_size), config.eval_tokens)
-    if config.replay == 0:
+        raise UserError(f"{directory}: its tokenizer is not the checkpoint's; prepare it with --tokenizer DIR")
+    tokens = config.eval_tokens if "eval_tokens" in config.model_fields_set else REPLAY_EVAL_TOKENS
+    validation = ValidationWindows(dataset, block_size, max(1, 8192 // block_size), tokens)
+    whole = dataset.splits["val"]["tokens"]
+    measured = f"{min(whole, len(validation.starts) * block_size):,} of {whole:,} validation tokens"
+    print(f"forgetting is measured on {measured} of {directory} (--eval_tokens)", file=sys.stderr)
+    if config.replay == 0 or config.replay_data is None:
         return None, validation
     windows = max(1, round(config.replay / (1 - config.replay) * config.batch_size))
     length = sum(item.length for item in data.training) / len(data.training)
@@ -333,24 +396,42 @@ def marked(example: Example | Pair, tokenizer: Tokenizer, in_colour: bool) -> st
     return text
 
 
-def report(engine: Engine, test: list[Conversation], control: list[Conversation], config: FinetuneOptions) -> None:
-    """Print on standard output what was forgotten, and for the test questions a table by kind, ten answers, the exact match."""
+def report(
+    engine: Engine,
+    tests: dict[Path, list[Conversation]],
+    control: list[Conversation],
+    base_text: Path | None,
+    config: FinetuneOptions,
+) -> None:
+    """Print on standard output what was forgotten, and for each file of test questions a table by kind and ten answers. The last
+    lines are the exact match of each file, that of the first file last."""
     bits = [line["replay_bpb"] for line in read_metrics(config.out_dir / "metrics.jsonl") if "replay_bpb" in line]
     if bits:
         change = bits[-1] / bits[0] - 1
-        print(f"held-out text of {config.replay_data}: {bits[0]:.4f} bits per byte before, {bits[-1]:.4f} after ({change:+.1%})")
+        print(f"held-out text of {base_text}: {bits[0]:.4f} bits per byte before, {bits[-1]:.4f} after ({change:+.1%})")
+        if change > MUCH_FORGOTTEN:
+            cures = "a lower --learning_rate, fewer --max_steps, or --replay_data"
+            print(f"warning: the model has forgotten much of what it was pretrained on; {cures} helps", file=sys.stderr)
+    unfit = Report()
     if control:
-        print(f"never told, so guessed: exact match {exact_match_line(answer_questions(engine, control))}\n")
-    if test:
-        answers = answer_questions(engine, test)
+        print(f"never told, so guessed: exact match {exact_match_line(answer_questions(engine, control, unfit))}\n")
+    found = {path: answer_questions(engine, rows, unfit) for path, rows in tests.items()}
+    for path, answers in found.items():
+        if len(found) > 1:
+            print(f"{path}:")
         print(exact_match_table(answers) + "\n")
         for answer in random.Random(config.seed).sample(answers, min(10, len(answers))):
             question, right = (message.content for message in answer.conversation.messages[-2:])
             verdict = "right" if answer.correct else f"wrong, it is {right}"
-            print(f"{question} -> {answer.text}   {verdict}")
-        ended = sum(answer.ended for answer in answers) / len(answers)
-        print(f"\nanswers that ended by themselves: {ended:.3f}")
-        print(f"held-out exact match {exact_match_line(answers)}")
+            print(f"{question} -> {answer.shown}   {verdict}")
+        print(f"\n{endings(answers)}\n")
+    for line in unfit.lines():
+        print(line, file=sys.stderr)
+    print(f"next: chat.py --checkpoint {shlex.quote(str(config.out_dir))}", file=sys.stderr)
+    for path in list(found)[1:]:
+        print(f"{path.name}: exact match {exact_match_line(found[path])}")
+    if found:
+        print(f"held-out exact match {exact_match_line(next(iter(found.values())))}")
 
 
 if __name__ == "__main__":

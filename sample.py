@@ -47,18 +47,20 @@ class SampleOptions(SamplingOptions, ModelOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(SampleOptions, doc=__doc__)
 
-import json
 from typing import Any
 
 from model import GPT, GPTConfig
-from papagaio.batches.questions import read_rows
+from papagaio.corpus.rows import Row, read_rows
 from papagaio.generation.engine import Engine, Request, Step, in_order
 from papagaio.generation.printing import ALTERNATIVES, as_json, show
 from papagaio.runs.checkpoint import model_maker
+from papagaio.terminal import print_json
 
 
 def main(config: SampleOptions) -> None:
     rows = read_prompts(config)
+    for hint in config.hints():
+        print(hint, file=sys.stderr)
     engine = Engine.open(model_maker(GPT, GPTConfig), config)
     prompts = []
     for place, row in rows:
@@ -81,7 +83,7 @@ def main(config: SampleOptions) -> None:
             show(done, row["prompt"], engine.tokenizer, config.show_probs)
         elif step.finish:
             result = as_json(done, engine.tokenizer, config.seed + sample, config.logprobs is not None)
-            print(json.dumps(row | result, ensure_ascii=False), flush=True)
+            print_json(row | result)
         if step.finish:
             done = []
     if truncated:
@@ -96,9 +98,11 @@ def read_prompts(config: SampleOptions) -> list[tuple[str, dict[str, Any]]]:
     if path is None:
         return [("standard input", {"prompt": decode(sys.stdin.buffer.read(), "standard input")})]
     lines = ((f"{path}:{number}", line) for number, line in enumerate(path.read_bytes().splitlines(), 1))
-    texts = ((place, {"prompt": decode(line, place)}) for place, line in lines if line.strip())
+    texts = (Row(place, {"prompt": decode(line, place)}) for place, line in lines if line.strip())
     rows = []
-    for place, row in read_rows(path) if path.suffix == ".jsonl" else texts:
+    for place, row, error, _ in read_rows(str(path)) if path.suffix == ".jsonl" else texts:
+        if error:
+            raise UserError(f"{place}: {error}")
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{place}: an object with a text under "prompt" is needed')
         rows.append((place, row))

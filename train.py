@@ -1,18 +1,20 @@
 """Pretrain a GPT on a dataset directory: next-token prediction, checkpoints, metrics, a plot of the loss.
 
     python train.py --data out/data --out_dir out/run
+    python train.py --data out/wiki:3 out/books --out_dir out/run
     python train.py config/shakespeare_char.toml --max_steps=500
 
 The options are TrainOptions and those shared with fine-tuning, papagaio/training/options.py. `fit` is the training loop.
 """
 
+import shlex
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
+from papagaio.batches.mixture import parse_source
 from papagaio.errors import UserError, run
 from papagaio.options import option, parse
 from papagaio.training.options import RunOptions
@@ -32,7 +34,13 @@ _model = partial(option, group="Model")
 class TrainOptions(RunOptions):
     """Options of train.py."""
 
-    data: Path = option(..., "dataset directory, made by data/prepare.py", group="Run", resume="content")
+    data: tuple[str, ...] = option(
+        ...,
+        "dataset directories, made by data/prepare.py; of DIR:3 an epoch has each window three times",
+        group="Run",
+        resume="content",
+        min_length=1,
+    )
     budget: str | None = option(
         None,
         "training time, such as 90s, 10m or 2h: chooses the model, and all other options that are not given, to use it",
@@ -62,6 +70,8 @@ class TrainOptions(RunOptions):
 
     @model_validator(mode="after")
     def _shape(self) -> "TrainOptions":  # as GPTConfig does, but before torch is imported
+        for word in self.data:
+            parse_source(word)
         if self.depth and self.budget:
             raise ValueError("depth and budget exclude each other")
         if self.depth or self.budget:  # checked again with what they choose
@@ -76,7 +86,6 @@ class TrainOptions(RunOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(TrainOptions, doc=__doc__)
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -84,15 +93,14 @@ import torch
 from model import GPT, PRESETS, GPTConfig
 from papagaio import runtime
 from papagaio.batches.prefetch import Prefetch
-from papagaio.batches.windows import Loader, Objective, ValidationWindows, WindowLoader, likelihood
-from papagaio.corpus.dataset import Dataset
-from papagaio.evaluation import evaluate_loss
+from papagaio.batches.windows import Loader, Objective, WindowLoader, likelihood
 from papagaio.generation.engine import Engine, Request
 from papagaio.generation.options import SamplingOptions
-from papagaio.runs.directory import locked, open_run, run_state
+from papagaio.runs.directory import locked, open_run, refuse_taken, run_state
 from papagaio.runs.saver import Saver
 from papagaio.tokenizer import Tokenizer
 from papagaio.training import dial
+from papagaio.training.corpora import Corpora, Validation
 from papagaio.training.dry_run import dry_run, seconds_per_step
 from papagaio.training.metrics import RunLog
 from papagaio.training.optimizers import make_optimizers, schedule, set_learning_rate
@@ -101,26 +109,31 @@ from papagaio.training.step import TrainingStep, prepare_model
 
 
 def main(config: TrainOptions) -> None:
-    dataset = Dataset(config.data)
-    tokenizer, device = dataset.tokenizer, runtime.pick_device(config.device)
+    if not config.dry_run:
+        refuse_taken(config)
+    corpora = Corpora(config.data)
+    tokenizer, device, speed = corpora.tokenizer, runtime.pick_device(config.device), None
     if config.depth or config.budget:
-        config = turn_dial(config, dataset, device)
+        config, speed = turn_dial(config, corpora, device)
     config = config.with_defaults(RECIPES[config.preset])
-    loader = make_loader(config, dataset)
+    loader = make_loader(config, corpora)
+    shares = [visits / loader.n_windows for visits in loader.mixture.visits.tolist()]
+    for name, share in zip(corpora.names, shares, strict=True) if len(shares) > 1 else []:
+        print(f"{name}: {share:.1%} of the training windows", file=sys.stderr)
     # A forward pass alone takes a third of the memory of one with its gradient, and larger batches are faster.
     size = max(2 * (config.micro_batch_size or config.batch_size), 4096 // config.block_size)
-    validation = ValidationWindows(dataset, config.block_size, size, config.eval_tokens, document_mask=config.document_mask)
-    whole, evaluated = dataset.splits["val"]["tokens"], len(validation.starts) * config.block_size
+    validation = Validation(corpora, shares, config.block_size, size, config.eval_tokens, config.document_mask)
     torch.manual_seed(config.seed)
     if config.dry_run:
-        dry_run(partial(make_model, config, tokenizer), loader, likelihood, config, device, min(evaluated, whole))
+        dry_run(partial(make_model, config, tokenizer), loader, likelihood, config, device, validation.tokens, speed)
         return
     gpt = make_model(config, tokenizer).to(device)
     parameters = sum(p.numel() for p in gpt.parameters())
     print(f"preset {config.preset}, {parameters:,} parameters, on {device}", file=sys.stderr)
     print(f"{config.max_steps:,} steps are {loader.epochs(config.max_steps):.2f} epochs of the training split", file=sys.stderr)
-    if evaluated < whole:
-        print(f"val_loss is measured on {evaluated:,} of {whole:,} validation tokens (--eval_tokens)", file=sys.stderr)
+    if validation.tokens < validation.whole:
+        measured = f"{validation.tokens:,} of {validation.whole:,} validation tokens"
+        print(f"val_loss is measured on {measured} (--eval_tokens)", file=sys.stderr)
     dtype = runtime.pick_dtype(config.dtype, device)
     sampling = SamplingOptions(max_new_tokens=max(1, config.sample_tokens), seed=config.seed)
 
@@ -131,9 +144,11 @@ def main(config: TrainOptions) -> None:
         steps = Engine(gpt, tokenizer).complete(requests, sampling, end={start}, banned=others)
         return "".join(step.text for step in steps)
 
-    identity = Identity(stage="pretrain", data_sha256=dataset.sha256)
+    identity = Identity(stage="pretrain", data_sha256=corpora.sha256)
     with locked(config), Prefetch(loader, device) as batches:
-        fit(gpt, batches, lambda: evaluate_loss(gpt, validation, tokenizer, dtype), preview, tokenizer, config, identity)
+        fit(gpt, batches, lambda: validation(gpt, dtype), preview, tokenizer, config, identity)
+    run_dir = shlex.quote(str(config.out_dir))
+    print(f"next: sample.py --checkpoint {run_dir}, or finetune.py --init_from {run_dir}", file=sys.stderr)
 
 
 def make_model(config: TrainOptions, tokenizer: Tokenizer, **changes: Any) -> GPT:
@@ -147,21 +162,21 @@ def make_model(config: TrainOptions, tokenizer: Tokenizer, **changes: Any) -> GP
         raise UserError(str(error)) from None
 
 
-def make_loader(config: TrainOptions, dataset: Dataset) -> WindowLoader:
-    options = {"document_mask": config.document_mask}
-    return WindowLoader(dataset, "train", config.block_size, config.batch_size, config.seed, **options)
+def make_loader(config: TrainOptions, corpora: Corpora) -> WindowLoader:
+    return corpora.loader(config.block_size, config.batch_size, config.seed, config.document_mask)
 
 
-def turn_dial(config: TrainOptions, dataset: Dataset, device: torch.device) -> TrainOptions:
-    """The options, completed by what --depth or --budget chooses for this dataset and this machine."""
+def turn_dial(config: TrainOptions, corpora: Corpora, device: torch.device) -> tuple[TrainOptions, float | None]:
+    """The options, completed by what --depth or --budget chooses for these datasets and this machine, and the tokens per second
+    that it has measured for them."""
 
     def tokens_per_second(values: dict[str, Any]) -> float:
         trial = config.model_copy(update=values | {"max_steps": 1}).with_defaults(RECIPES[config.preset])
-        loader, make = make_loader(trial, dataset), partial(make_model, trial, dataset.tokenizer)
+        loader, make = make_loader(trial, corpora), partial(make_model, trial, corpora.tokenizer)
         return trial.batch_size * trial.block_size / seconds_per_step(make, loader, likelihood, trial, device)
 
-    corpus = dataset.splits["train"]["tokens"]
-    return dial.complete(config, corpus, dataset.tokenizer.vocab_size, device.type == "cuda", tokens_per_second)
+    vocab_size, on_gpu = corpora.tokenizer.vocab_size, device.type == "cuda"
+    return dial.complete(config, corpora.epoch_tokens, vocab_size, on_gpu, tokens_per_second)
 
 
 def fit(
@@ -185,7 +200,7 @@ def fit(
     flops, peak = model.flops_per_token(), runtime.peak_flops(next(model.parameters()).device)
     with (
         runtime.StopSignal() as stop,
-        RunLog(config, progress) as log,
+        RunLog(config, progress, identity.stage) as log,
         Saver(config, tokenizer, log, progress.step or None) as saver,
     ):
         train_step = TrainingStep(model, optimizers, objective, config, progress, log.say)
@@ -215,7 +230,7 @@ def fit(
             sequences = batches(progress.step)
             step = train_step(sequences, partial(batches.places, progress.step))
             predicted = sum(int((batch.targets != -100).sum()) for batch in sequences)
-            progress.add_step(step.loss if math.isfinite(step.loss) else None, predicted)
+            progress.add_step(step.losses, predicted)
             log.advance(sum(batch.ids.numel() for batch in sequences))
             if (progress.step % config.log_interval == 0 or progress.step == config.max_steps) and progress.loss_count:
                 figures = {"learning_rate": factor * config.learning_rate, "epoch": batches.epochs(progress.step)}

@@ -9,10 +9,15 @@ CLDR has them), and weekdays and months in some thirty languages. One line of ea
     qa_dev.jsonl       {"question": "What is June in Portuguese?", "answer": "junho.", "language": "pt", "kind": "month"}
     qa_test.jsonl      {"question": "What is Sunday in Dutch?", "answer": "zondag.", "language": "nl", "kind": "weekday"}
     qa_left_out.jsonl  {"question": "What is the currency of Cyprus?", "answer": "euro.", "language": "en", "kind": "currency"}
+    qa_reworded.jsonl  {"question": "What is May called in Polish?", "answer": "maj.", "language": "pl", "kind": "month"}
 
 The corpus states every fact in many wordings, equally often for train, dev and test, and never as a question. Fine-tuning on
 qa_train can therefore teach how to answer, but not the answers of dev and test. The facts of qa_left_out are not in the corpus:
 a model can only guess them.
+
+Fine-tuning sees each question in WORDINGS of its training wordings, the first one always. qa_dev, qa_test and qa_left_out ask in
+the first; qa_reworded asks the questions of the test, and qa_reworded_dev those of dev, in wordings that fine-tuning never uses,
+and the two have none in common: settings are chosen on dev.
 
 The split is by entity: a territory, a language, a currency, or a weekday or month in one language. All questions about an entity
 are in one file, and a question may not name (in English or Portuguese) an entity that is held out in another file: "What is the
@@ -37,6 +42,7 @@ from papagaio.files import write_whole
 from papagaio.options import Options, option, parse
 
 TURNS = 20  # in each, every fact is stated alone, with facts of its entity, and in a list of facts of its relation
+WORDINGS = 4  # of each training question
 ARTICLE = 4, 6  # fewest and most facts of an article
 SHARES = {"left_out": 0.075, "test": 0.35, "dev": 0.1}  # of the entities of each sort; the others are for training
 PLAIN_NAME = re.compile(r"[^\W\d_](?!.* - )[\w .’'&-]{1,39}")
@@ -63,16 +69,30 @@ class Fact(NamedTuple):
         """`{a} uses the {b}.` -> `Brazil uses the Brazilian real.`"""
         return wording.format(sort=self.entity.sort, **self._asdict())
 
-    def ask(self) -> list[dict[str, str]]:
-        """-> [{"question": "What is June in Dutch?", "answer": "juni.", "language": "nl", "kind": "month"}]"""
-        rows = [map(self.tell, (*wordings, kind)) for kind, wordings in RELATIONS[self.relation]["asked"].items()]
-        return [dict(zip(("question", "answer", "language", "kind"), row, strict=True)) for row in rows]
+    def ask(self) -> list["Question"]:
+        """Its questions, in one direction or two."""
+        found = []
+        for kind, asked in RELATIONS[self.relation]["asked"].items():
+            wordings = {part: [self.tell(wording) for wording in asked[part]] for part in ("train", "dev", "test")}
+            rest = {"answer": asked["answer"], "language": asked["language"], "kind": kind}
+            found.append(Question(wordings, {key: self.tell(text) for key, text in rest.items()}))
+        return found
+
+
+class Question(NamedTuple):
+    """A question in all its wordings, by the part that asks in them, and the rest of its row: answer, language and kind."""
+
+    wordings: dict[str, list[str]]
+    rest: dict[str, str]
+
+    def row(self, wording: str) -> dict[str, str]:
+        return {"question": wording} | self.rest
 
 
 class AtlasOptions(Options):
     """Options of data/atlas.py."""
 
-    out: Path = option(..., "directory for corpus.jsonl and the four files of questions")
+    out: Path = option(..., "directory for corpus.jsonl and the files of questions")
     seed: int = option(1337, "seed of the split, the wordings and the order", ge=0, lt=2**63)
 
 
@@ -88,22 +108,39 @@ def main(config: AtlasOptions) -> None:
     held_out = {name: entity for entity, part in split_of.items() if part != "train" for name in map(words, entity.names)}
     left_out = {entity for entity, part in split_of.items() if part == "left_out"}
     facts = [fact for fact in facts if left_out.isdisjoint(named(held_out, fact.a, fact.b) - {fact.entity})]
-    questions: dict[str, list[dict[str, str]]] = {"train": [], "dev": [], "test": [], "left_out": []}
+    questions: dict[str, list[Question]] = {"train": [], "dev": [], "test": [], "left_out": []}
     for fact in facts:
         part = split_of[fact.entity]
-        for row in fact.ask():
-            if all(split_of[entity] == part for entity in named(held_out, row["question"])):
-                questions[part].append(row)
-    for rows in questions.values():
-        rng.shuffle(rows)
+        for question in fact.ask():
+            wordings = [text for texts in question.wordings.values() for text in texts]
+            if all(split_of[entity] == part for entity in named(held_out, *wordings)):
+                questions[part].append(question)
+    for asked in questions.values():
+        rng.shuffle(asked)
     corpus = compose([fact for fact in facts if split_of[fact.entity] != "left_out"], rng)
     config.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in {"corpus": corpus, **{f"qa_{part}": rows for part, rows in questions.items()}}.items():
+    for name, rows in {"corpus": corpus, **word(questions, random.Random(config.seed))}.items():
         path = config.out / f"{name}.jsonl"
         write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         kinds = sorted(Counter(row["kind"] for row in rows if "kind" in row).items())
         counts = "".join(f", {count} {kind}" for kind, count in kinds)
         print(f"{path}: {len(rows):,} lines, {path.stat().st_size:,} bytes{counts}", file=sys.stderr)
+
+
+def word(questions: dict[str, list[Question]], rng: random.Random) -> dict[str, list[dict[str, str]]]:
+    """The rows of each file of questions: which question is asked in which wordings."""
+    files = {
+        "qa_train": [
+            q.row(text)
+            for q in questions["train"]
+            for text in [q.wordings["train"][0], *rng.sample(q.wordings["train"][1:], WORDINGS - 1)]
+        ],
+        **{f"qa_{part}": [q.row(q.wordings["train"][0]) for q in questions[part]] for part in ("dev", "test", "left_out")},
+        "qa_reworded_dev": [q.row(rng.choice(q.wordings["dev"])) for q in questions["dev"]],
+        "qa_reworded": [q.row(rng.choice(q.wordings["test"])) for q in questions["test"]],
+    }
+    rng.shuffle(files["qa_train"])
+    return files
 
 
 def read_entities() -> dict[str, dict[str, Entity]]:

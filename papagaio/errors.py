@@ -3,7 +3,9 @@
 Nothing here imports torch.
 """
 
+import codecs
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -38,6 +40,7 @@ def run(main: Callable[[ConfigT], None], config: ConfigT) -> NoReturn:
     """Call `main(config)` and end the process: errors become one line and a status; our own bugs keep their traceback."""
     catch_signals(leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    show_any_character()
     try:
         main(config)
         sys.stdout.flush()
@@ -55,6 +58,26 @@ def run(main: Callable[[ConfigT], None], config: ConfigT) -> NoReturn:
             fail("out of memory: lower micro_batch_size or block_size (nothing that was saved is lost)", 1)
         raise
     sys.exit(0)
+
+
+def show_any_character() -> None:
+    """Let standard output take every character: what the console's encoding lacks is written as in Python, and said once."""
+    said = False
+
+    def escape(error: UnicodeError) -> tuple[str | bytes, int]:
+        nonlocal said
+        if not said:
+            said = True
+            print(
+                f"the console's encoding, {sys.stdout.encoding}, lacks some characters: they are written as \\xe9 or \\u20ac; "
+                "PYTHONIOENCODING=utf-8 shows them",
+                file=sys.stderr,
+            )
+        return codecs.backslashreplace_errors(error)
+
+    codecs.register_error("papagaio.escape", escape)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="papagaio.escape")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -16,15 +16,17 @@ import numpy as np
 import regex
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from papagaio.batches.choices import Choice
 from papagaio.batches.conversations import Conversation, Message, render_prompt
 from papagaio.batches.packing import Example, collate
-from papagaio.batches.questions import Choice
 from papagaio.batches.windows import Batch, pad_windows
-from papagaio.errors import located
+from papagaio.corpus.dataset import Dataset
+from papagaio.errors import MachineError, UserError, located
 from papagaio.generation.engine import Engine
+from papagaio.report import Report
 from papagaio.runtime import autocast, evaluating
+from papagaio.terminal import progress
 from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
 
 Shots = Sequence[Conversation]  # questions with answers that a base model is shown before a question
@@ -34,12 +36,12 @@ Question = tuple[list[int], list[int]]  # ids of the prompt and of the right ans
 @torch.inference_mode()
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, float]:
     """val_loss: mean nats per predicted token. val_bpb: bits per UTF-8 byte of the text that these tokens spell; special tokens
-    spell none, so their bits are not counted."""
+    spell none, so their bits are not counted. Raises UserError if there is no token to predict."""
     device = next(model.parameters()).device
     lengths = torch.tensor(tokenizer.byte_lengths, device=device)
     nats = text_nats = torch.zeros((), dtype=torch.float64, device=device)
     predicted = n_bytes = 0
-    for batch in tqdm(batches, "evaluating", leave=False, disable=None):
+    for batch in progress(batches, "batches of text"):
         ids, targets, weights, doc_ids = batch.to(device)
         with evaluating(model), autocast(device, dtype):
             losses = model(ids, targets, doc_ids=doc_ids, reduction="none").double()  # (B, T)
@@ -49,6 +51,8 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokeniz
         text_nats = text_nats + losses[spelled > 0].sum()
         predicted += int(counted.sum())
         n_bytes += int(spelled.sum())
+    if not predicted:
+        raise UserError("there is no text to measure")
     return {"val_loss": float(nats) / predicted, "val_bpb": float(text_nats) / math.log(2) / max(1, n_bytes)}
 
 
@@ -73,6 +77,15 @@ def text_batches(
         yield pad_windows(rows, block_size)
 
 
+def dataset_texts(dataset: Dataset) -> Iterator[tuple[str, bool]]:
+    """The validation split as text, in pieces for `text_batches`: to measure it with another tokenizer."""
+    ids = np.concatenate([np.array([], dataset.dtype), *dataset.shards("val")])
+    begins = np.flatnonzero(ids == dataset.tokenizer.special[END_OF_TEXT])
+    for document in np.split(ids, begins):
+        first = len(document) > 0 and document[0] == dataset.tokenizer.special[END_OF_TEXT]
+        yield dataset.tokenizer.decode(document[int(first) :].tolist()), bool(first)
+
+
 class Answer(NamedTuple):
     """A question, the model's answer, and how good it is."""
 
@@ -80,6 +93,17 @@ class Answer(NamedTuple):
     text: str
     correct: bool  # equal to the file's answer but for blanks around it, and ended
     ended: bool  # by the model: with the end token or, for a base model, with the line
+    fits: bool = True  # question and right answer fit into the context
+
+    @property
+    def cut(self) -> bool:
+        """Whether the model had not ended when the room for answers was used up."""
+        return self.fits and not self.ended
+
+    @property
+    def shown(self) -> str:
+        """The text, and behind it whether it is not whole."""
+        return self.text + (" (cut)" if self.cut else "" if self.fits else " (does not fit the context)")
 
     @property
     def normalized(self) -> bool:
@@ -123,19 +147,20 @@ def words(text: str, language: str = "en") -> list[str]:
 def question_ids(tokenizer: Tokenizer, conversation: Conversation, shots: Shots | None, block_size: int, room: int) -> Question:
     """(prompt, answer) as ids; the answer ends with <|end|>, or with `shots` with its line.
 
-    The first shots are left out until `room` tokens of block_size are free for an answer. Raises UserError with the question's
-    place if the tokenizer does not know its characters.
+    The first shots are left out until the answer fits into block_size, or any of `room` tokens. Raises UserError with the
+    question's place if the tokenizer does not know its characters.
     """
     with located(conversation.place):
         if shots is None:
             prompt = render_prompt(tokenizer, conversation.messages[:-1])
             return prompt, [*tokenizer.encode(conversation.answer), tokenizer.special[END]]
+        answer = tokenizer.encode(f"{conversation.answer}\n")
         question = "".join(f"{message.content}\n" for message in conversation.messages[:-1])
         texts = ["".join(f"{message.content}\n" for message in shot.messages) + "\n" for shot in shots]
         while True:
             prompt = [tokenizer.special[END_OF_TEXT], *tokenizer.encode("".join(texts) + question)]
-            if len(prompt) + room <= block_size or not texts:
-                return prompt, tokenizer.encode(f"{conversation.answer}\n")
+            if len(prompt) + max(room, len(answer)) <= block_size or not texts:
+                return prompt, answer
             del texts[0]
 
 
@@ -149,29 +174,36 @@ def choose_shots(pool: Shots, conversation: Conversation, count: int) -> list[Co
 
 
 def answer_questions(
-    engine: Engine, conversations: Sequence[Conversation], batch_size: int = 128, shots: Sequence[Shots] | None = None
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    report: Report | None = None,
+    batch_size: int = 128,
+    shots: Sequence[Shots] | None = None,
 ) -> list[Answer]:
     """Greedy answers to the last question of each conversation, in order; `shots` are those shown before each question.
 
-    An answer may be half as long again as the longest answer in the file. A question that leaves no room for an answer in the
-    context counts as wrong.
+    An answer may be half as long again as the longest answer in the file, within the room that its own question leaves in the
+    context. A question that does not fit into the context together with its right answer is wrong, and is noted in `report`.
     """
     tokenizer, block_size = engine.tokenizer, engine.block_size
-    asked = list(zip(conversations, shots or [None] * len(conversations), strict=True))
-    longest = max(len(question_ids(tokenizer, *question, block_size, 0)[1]) for question in asked) - 1
-    limit = longest + longest // 2 + 1
-    prompts = [question_ids(tokenizer, *question, block_size, limit)[0] for question in asked]
+    limits = [_half_as_long_again(len(tokenizer.encode(conversation.answer))) for conversation in conversations]
+    asked = [
+        question_ids(tokenizer, conversation, shown, block_size, limit)
+        for conversation, shown, limit in zip(conversations, shots or [None] * len(conversations), limits, strict=True)
+    ]
+    # The token after a full context can still be predicted.
+    room = [min(max(limits), block_size + 1 - len(prompt)) for prompt, _ in asked]
     end = tokenizer.special[END if shots is None else END_OF_TEXT]
     # Prompts of similar length together, so that little is computed for padding.
-    order = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < block_size), key=lambda i: len(prompts[i]))
+    order = sorted((i for i in range(len(asked)) if room[i] > 0), key=lambda i: len(asked[i][0]))
     answers: dict[int, list[int]] = {}
-    for start in tqdm(range(0, len(order), batch_size), "answers", leave=False, disable=None):
+    for start in progress(range(0, len(order), batch_size), "batches of answers"):
         rows = order[start : start + batch_size]
-        room = min(limit, block_size - max(len(prompts[i]) for i in rows))
-        answers.update(zip(rows, engine.greedy([prompts[i] for i in rows], room, end), strict=True))
+        found = engine.greedy([asked[i][0] for i in rows], [room[i] for i in rows], end)
+        answers.update(zip(rows, found, strict=True))
 
     results = []
-    for i, conversation in enumerate(conversations):
+    for i, (conversation, (prompt, answer)) in enumerate(zip(conversations, asked, strict=True)):
         ids = answers.get(i, [])
         ended = bool(ids) and ids[-1] == end
         text = tokenizer.decode(ids[:-1] if ended else ids)
@@ -179,13 +211,23 @@ def answer_questions(
             text, newline, _ = text.partition("\n")
             ended = ended or bool(newline)
         correct = ended and text.strip() == conversation.answer.strip()
-        results.append(Answer(conversation, text, correct, ended))
+        fits = len(prompt) + len(answer) <= block_size + 1
+        if report is not None and not fits:
+            report.note(f"counted wrong, question and answer exceed the context of {block_size:,} tokens", conversation.place)
+        results.append(Answer(conversation, text, correct, ended, fits))
     return results
+
+
+def _half_as_long_again(tokens: int) -> int:
+    return tokens + tokens // 2 + 1
 
 
 @torch.inference_mode()
 def answer_nats(engine: Engine, questions: Sequence[Question], batch_size: int = 64) -> Tensor:
-    """Nats (N,) of each answer after its prompt, summed over its tokens; NaN if both together exceed the context."""
+    """Nats (N,) of each answer after its prompt, summed over its tokens; NaN if both together exceed the context.
+
+    Raises MachineError if the model's losses are not finite.
+    """
     found = torch.full((len(questions),), torch.nan, dtype=torch.float64)
     examples = [
         Example(np.array([*prompt, *answer], np.uint32), np.arange(len(prompt) + len(answer)) >= len(prompt))
@@ -193,11 +235,13 @@ def answer_nats(engine: Engine, questions: Sequence[Question], batch_size: int =
     ]
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     order = [i for i in order if examples[i].length <= engine.block_size]
-    for start in range(0, len(order), batch_size):
+    for start in progress(range(0, len(order), batch_size), "batches of right answers"):
         rows = order[start : start + batch_size]
         batch = collate([[examples[i]] for i in rows], max(examples[i].length for i in rows), 1.0).to(engine.device)
         with evaluating(engine.model), autocast(engine.device, engine.dtype):
             found[rows] = engine.model(batch.ids, batch.targets, reduction="none").double().sum(1).cpu()
+        if not found[rows].isfinite().all():
+            raise MachineError("the model gave losses that are not finite")
     return found
 
 
@@ -207,19 +251,28 @@ def answer_perplexity(nats: Tensor, questions: Sequence[Question]) -> float:
     return math.exp(min(700.0, float(nats.nansum()) / tokens)) if tokens else math.nan
 
 
-def choose(engine: Engine, choices: Sequence[Choice], shots: Shots | None) -> list[int]:
-    """For each question the index of the choice with the highest log-probability per byte; -1 if none fits the context."""
+def choose(engine: Engine, choices: Sequence[Choice], shots: Shots | None, report: Report | None = None) -> list[int]:
+    """For each question the index of the choice with the highest log-probability per byte.
 
-    def ids(row: Choice, text: str) -> Question:
-        messages = [Message(role="user", content=row.question), Message(role="assistant", content=text)]
-        return question_ids(engine.tokenizer, Conversation(messages=messages, place=row.place), shots, engine.block_size, 0)
+    All choices of a question are compared after the same prompt, which leaves room for the longest one. If that does not fit into
+    the context, even without shots, the index is -1, and the question is noted in `report`.
+    """
+    tokenizer, block_size = engine.tokenizer, engine.block_size
 
-    nats = iter(answer_nats(engine, [ids(row, text) for row in choices for text in row.choices]).tolist())
+    def ids(row: Choice) -> list[Question]:
+        room = max(len(tokenizer.encode(f"{text}\n")) for text in row.choices)
+        turns = [[Message(role="user", content=row.question), Message(role="assistant", content=text)] for text in row.choices]
+        talks = [Conversation(messages=messages, place=row.place) for messages in turns]
+        return [question_ids(tokenizer, talk, shots, block_size, room) for talk in talks]
+
+    nats = iter(answer_nats(engine, [question for row in choices for question in ids(row)]).tolist())
     picked = []
     for row in choices:
         scores = [-next(nats) / max(1, len(text.encode())) for text in row.choices]
-        fits = [i for i, score in enumerate(scores) if not math.isnan(score)]
-        picked.append(max(fits, key=lambda i: scores[i], default=-1))
+        fits = not any(map(math.isnan, scores))
+        if report is not None and not fits:
+            report.note(f"counted wrong, question and choices exceed the context of {block_size:,} tokens", row.place)
+        picked.append(max(range(len(scores)), key=scores.__getitem__) if fits else -1)
     return picked
 
 
@@ -237,3 +290,10 @@ def exact_match_line(answers: Sequence[Answer]) -> str:
     """The share of correct answers, as `0.991 (1226/1236)`."""
     right = sum(answer.correct for answer in answers)
     return f"{right / len(answers):.3f} ({right}/{len(answers)})"
+
+
+def endings(answers: Sequence[Answer]) -> str:
+    """How the answers ended: by themselves, cut because the room was used up, or not at all because the question does not fit."""
+    cut, unfit = sum(answer.cut for answer in answers), sum(not answer.fits for answer in answers)
+    notes = [f"cut, and counted as wrong: {cut:,}"] * (cut > 0) + [f"without room in the context: {unfit:,}"] * (unfit > 0)
+    return "; ".join([f"answers that ended by themselves: {sum(answer.ended for answer in answers) / len(answers):.3f}", *notes])

@@ -5,12 +5,14 @@ new one. A manifest holds the sha256 of every file beside it, and in `sha256` th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any, ClassVar
 
@@ -22,6 +24,11 @@ LARGEST_JSON = 2**24  # bytes of a file that is read at once; the manifest of a 
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 SAVE_TENSORS = "save the tensors with safetensors.torch.save_file where they were made, and name a checkpoint of papagaio"
 GIVE_TEXT = "give the text itself to data/prepare.py (nanoGPT's train.bin holds tokens, but does not name their vocabulary)"
+
+
+def printable(name: str) -> str:
+    """A file name for a message or a manifest; bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def file_sha256(path: Path) -> str:
@@ -59,13 +66,62 @@ def write_whole(path: Path, text: str) -> None:
     flush_to_disk(path.parent)
 
 
+@contextlib.contextmanager
+def locked_file(path: Path, message: str) -> Iterator[None]:
+    """Lock a file inside the block, for this process alone; the kernel drops the lock when the process dies.
+
+    A file system that refuses locks (NFS without lockd, Lustre without -o flock, some FUSE mounts) gets a file PATH.held instead,
+    which names the process that holds it. Raises UserError(message) if another process holds the lock.
+    """
+    from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+    lock: BaseFileLock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(message) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        held = path.with_name(f"{path.name}.held")
+        lock = SoftFileLock(held, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{message}; if none is running on any machine, delete {held}") from None
+        print(f"{path}: this file system locks no files ({error.strerror}); {held} marks it as in use instead", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a directory, or a link (not what it leads to)."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def discard(path: Path) -> None:
-    """Delete a directory. It is renamed first, so that a crash leaves no half of it under its name."""
-    if path.exists():
+    """Delete a directory. It is renamed first, so that a crash leaves no half of it under its name. Of a link, only the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         condemned = path.with_name(f".{path.name.lstrip('.')}.old")
         shutil.rmtree(condemned, ignore_errors=True)
         path.rename(condemned)
         shutil.rmtree(condemned)
+
+
+def clear(path: Path) -> None:
+    """Delete a directory as `discard` does, but empty a link to a directory and a mount point, which stay."""
+    try:
+        if not path.is_symlink():
+            discard(path)
+    except OSError as error:
+        if error.errno != errno.EBUSY:  # a mount point; os.path.ismount does not see those of the same disk
+            raise
+    for inside in path.iterdir() if path.exists() else ():
+        discard(inside) if inside.is_dir() else inside.unlink()
 
 
 def to_json(value: Any) -> str:

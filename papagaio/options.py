@@ -180,7 +180,9 @@ def _read_toml(options: type[Options], path: Path) -> tuple[dict[str, Any], dict
         name = f"{name}_" if f"{name}_" in options.model_fields else name
         if name not in options.model_fields:
             raise UserError(f"{path}:{line}: {key} = {value!r}: no such option{_nearest(name, options)}")
-        values[name], places[name] = value, f"{path}:{line}"
+        several = get_origin(options.model_fields[name].annotation) is tuple
+        values[name] = [value] if several and not isinstance(value, list) else value  # one value needs no brackets, as in a flag
+        places[name] = f"{path}:{line}"
     try:  # pydantic's strict mode knows paths and tuples only from JSON
         options.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:  # what is missing, or does not fit together, may still be set by flags

@@ -33,5 +33,10 @@ class Report:
 
     def first(self, path: Path) -> str:
         """The first place in a file, with the reason; else the path. For the error that nothing of the file is left."""
-        found = (f"{p}: {reason}" for reason, places in self.places.items() for p in places if p.startswith(f"{path}:"))
+        found = (
+            f"{p}: {reason.removeprefix('dropped, ')}"
+            for reason, places in self.places.items()
+            for p in places
+            if p.startswith(f"{path}:")
+        )
         return next(found, str(path))

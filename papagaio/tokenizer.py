@@ -159,8 +159,7 @@ class BPETokenizer(Tokenizer):
         self._words = _WordCache(pattern, self.encoding.encode_ordinary) if known else None
 
     def encode(self, text: str) -> list[int]:
-        _utf8(text)
-        return self.encoding.encode_ordinary(text)
+        return self.encode_array(text).tolist()  # in chunks as files are: tiktoken panics at a million blanks
 
     def encode_array(self, text: str) -> NDArray[np.integer]:
         _utf8(text)

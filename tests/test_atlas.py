@@ -5,7 +5,8 @@ import importlib.util
 import json
 import re
 import sys
-from collections import defaultdict
+import tomllib
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ import pytest
 from papagaio.errors import UserError
 
 PARTS = ("train", "dev", "test", "left_out")
+WORDINGS = tomllib.loads((Path(__file__).parents[1] / "data" / "atlas.toml").read_text("utf-8"))["relations"]
 Row = dict[str, str]
 Name = tuple[str, ...]  # words that name an entity where all of them stand: ("Brazil",), ("Monday", "Croatian")
 
@@ -47,14 +49,21 @@ def asked(out: Path) -> dict[str, list[Row]]:
 
 
 def subject(row: Row) -> Name:
-    """What a question names, read from its wording alone."""
-    patterns = (
-        r"What is the .*(?:name|currency|language) of (.+)\?",
-        r"Qual é a .+ do território (.+)\?",
-        r"What is (\S+) (.+) in English\?",
-        r"What is (.+) in (.+)\?",
-    )
-    return next(match.groups() for pattern in patterns if (match := re.fullmatch(pattern, row["question"])))
+    """What a question names, read by the wordings of its kind; of several that match, the one that leaves the shortest names."""
+    sort = row["kind"].removesuffix(" to English").removesuffix(" to Portuguese")
+    found = []
+    for name, relation in WORDINGS.items():
+        for kind, asked in relation["asked"].items():
+            if kind.replace("{sort}", sort) != row["kind"] or (name == "calendar") != (sort in ("weekday", "month")):
+                continue
+            for wording in [text for part in ("train", "dev", "test") for text in asked[part]]:
+                pattern = re.escape(wording.replace("{sort}", sort))
+                for letter, inside in (("a", ".+"), ("b", ".+"), ("c", r"\S+")):
+                    pattern = pattern.replace(rf"\{{{letter}\}}", f"(?P<{letter}>{inside})")
+                if match := re.fullmatch(pattern, row["question"]):
+                    order = ("a", "c") if "a" in match.groupdict() else ("c", "b")
+                    found.append(tuple(match[letter] for letter in order if letter in match.groupdict()))
+    return min(found, key=lambda name: len("".join(name)))
 
 
 def names(row: Row) -> set[Name]:
@@ -96,14 +105,17 @@ def digests(directory: Path) -> dict[str, str]:
 def test_a_seed_gives_the_same_files_and_another_seed_others(atlas: ModuleType, out: Path, tmp_path: Path) -> None:
     atlas.main(atlas.AtlasOptions(out=tmp_path / "same"))
     atlas.main(atlas.AtlasOptions(out=tmp_path / "other", seed=1))
-    assert set(digests(out)) == {"corpus.jsonl", *(f"qa_{part}.jsonl" for part in PARTS)}  # and no temporary file
+    assert set(digests(out)) == {
+        "corpus.jsonl",
+        *(f"qa_{part}.jsonl" for part in (*PARTS, "reworded", "reworded_dev")),
+    }  # and no temporary file
     assert digests(tmp_path / "same") == digests(out)
     assert not set(digests(tmp_path / "other").values()) & set(digests(out).values())
 
 
 def test_the_example_of_the_docstring_is_what_it_writes(atlas: ModuleType, out: Path) -> None:
     example = re.findall(r"^ +(\w+\.jsonl) +(\{.*\})$", atlas.__doc__, re.MULTILINE)
-    assert len(example) == 5
+    assert len(example) == 6
     for name, line in example:
         assert line in (out / name).read_text("utf-8").splitlines()
 
@@ -111,10 +123,26 @@ def test_the_example_of_the_docstring_is_what_it_writes(atlas: ModuleType, out: 
 def test_sizes(out: Path, corpus: list[str], asked: dict[str, list[Row]]) -> None:
     assert 5e6 < (out / "corpus.jsonl").stat().st_size < 10e6
     assert sum(len(text) > 350 for text in corpus) < 0.01 * len(corpus)
-    assert len(asked["train"]) >= 1200
+    assert len(asked["train"]) >= 4 * 1200
     assert len(asked["dev"]) >= 200
     assert len(asked["test"]) >= 900
     assert len(asked["left_out"]) >= 150
+
+
+def test_other_wordings_are_never_used_in_fine_tuning(atlas: ModuleType, out: Path, asked: dict[str, list[Row]]) -> None:
+    """The wordings of train, dev and test have none in common; the reworded files ask what dev and test ask."""
+    for relation in WORDINGS.values():
+        for wordings in relation["asked"].values():
+            texts = [text for part in ("train", "dev", "test") for text in wordings[part]]
+            assert len(set(texts)) == len(texts)
+    for part, name in (("dev", "reworded_dev"), ("test", "reworded")):
+        reworded = [json.loads(line) for line in (out / f"qa_{name}.jsonl").read_text("utf-8").splitlines()]
+        assert [(subject(row), row["answer"], row["kind"]) for row in reworded] == [
+            (subject(row), row["answer"], row["kind"]) for row in asked[part]
+        ]
+        assert not {row["question"] for row in reworded} & {row["question"] for rows in asked.values() for row in rows}
+    times = Counter((subject(row), row["kind"]) for row in asked["train"])
+    assert set(times.values()) == {atlas.WORDINGS}
 
 
 def test_every_kind_is_in_every_file(asked: dict[str, list[Row]]) -> None:

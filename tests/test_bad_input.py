@@ -225,14 +225,20 @@ CASES = [
     *(
         ("finetune", f"--init_from={{w}}/base --out_dir={{c}}/out --data {{c}}/{name}", 2, message)
         for name, message in (
-            ("key.jsonl", "key.jsonl:2: the keys question: none of the known shapes of a row: messages; question and answer"),
-            ("role.jsonl", "role.jsonl:2: messages.1.role: Input should be 'system', 'user' or 'assistant'"),
+            (
+                "key.jsonl",
+                "key.jsonl:2: the keys question: none of the known shapes of a row: messages; conversations; question and answer",
+            ),
+            ("role.jsonl", "role.jsonl:2: messages.1.role: 'robot' is none of system, user and assistant"),
             ("twice.jsonl", "twice.jsonl:2: after an optional system message, user and assistant must take turns"),
             ("number.jsonl", "number.jsonl:2: messages.1.content: Input should be a valid string"),
             ("unanswered.jsonl", "unanswered.jsonl:2: the last message must be the assistant's"),
             ("weightless.jsonl", "weightless.jsonl:2: weight: Input should be greater than 0"),
             ("pair.jsonl", "pair.jsonl:2: rows with one answer and rows with chosen and rejected answers need files"),
-            ("same.jsonl", "same.jsonl:2: chosen and rejected are the same"),
+            (
+                "same.jsonl",
+                "same.jsonl:2: rows with one answer and rows with chosen and rejected answers need files of their own",
+            ),
             ("empty.jsonl", "empty.jsonl:1: empty answer; nothing is left to train on"),
             ("all_long.jsonl", "all_long.jsonl:1: longer than the context of 64 tokens; nothing is left to train on"),
             ("all_long.jsonl --too_long=truncate", "all_long.jsonl:1: no room for an answer in the context of 64"),
@@ -289,9 +295,18 @@ CASES = [
     ),
     ("evaluate", "--checkpoint={w}/base --choices={c}/good.jsonl", 2, "good.jsonl:1: question, choices and answer are needed"),
     ("evaluate", "--checkpoint={w}/base --choices={c}/quiz.jsonl", 2, "quiz.jsonl:1: question, choices and answer are needed"),
-    ("evaluate", "--checkpoint={w}/base --text={c}/chars", 2, "chars: its tokenizer is not that of"),
+    ("chat", "--checkpoint={w}/chat --questions={c}/nowhere.txt", 2, "nowhere.txt: no such file; it must contain questions"),
+    ("chat", "--checkpoint={w}/chat --questions={c}/empty.txt", 2, "empty.txt: no questions in this file"),
+    ("chat", "--checkpoint={w}/chat --questions={c}/good.jsonl --ask=hi", 2, "ask and questions exclude each other"),
+    ("chat", "--checkpoint={w}/chat --questions={c}/good.jsonl --out={c}/good.jsonl", 2, "good.jsonl:1: not the answer to"),
+    ("chat", "--checkpoint={w}/chat --out={c}/x.jsonl", 2, "out is for the answers to --questions"),
     ("evaluate", "--checkpoint={w}/base --text={c}/nowhere.txt", 2, "nowhere.txt: no such file or directory"),
-    ("evaluate", "--checkpoint={w}/base --text={c}/flipped/model.safetensors", 2, "model.safetensors:1: not utf-8 at byte"),
+    (
+        "evaluate",
+        "--checkpoint={w}/base --text={c}/flipped/model.safetensors",
+        2,
+        "model.safetensors: weights and arrays are not read",
+    ),
     ("evaluate", "--checkpoint={w}/base --text={w}/corpus.jsonl --json={c}/no/where.json", 2, "its directory does not exist"),
     ("sample", "--checkpoint={c}/nowhere", 2, "nowhere: no such run or checkpoint"),
     ("sample", "--checkpoint={w}/data", 2, "data: a dataset, not a checkpoint"),
@@ -385,7 +400,7 @@ CASES = [
             ("--data={w}/data --depth=2 --budget=1m", "depth and budget exclude each other"),
             ("--data={w}/data --budget=soon", "--budget=soon"),
             ("--data={w}/data --n_kv_head=4", "n_head 6 is not divisible by n_kv_head 4"),
-            ("", "--data is required: dataset directory, made by data/prepare.py"),
+            ("", "--data is required: dataset directories, made by data/prepare.py"),
         )
     ),
     ("train", "{c}/deep.toml --data={w}/data --out_dir={c}/out", 2, "deep.toml: TOML nested too deep"),

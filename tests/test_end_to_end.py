@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,3 +304,68 @@ def test_float16_with_a_loss_scaler_learns_as_float32_and_resumes(world: Path, t
     state = json.loads((tmp_path / "float16" / "checkpoints" / "step-12" / "state.json").read_text())
     assert state["loss_scale"]["scale"] >= 1
     assert json.loads((tmp_path / "float32" / "checkpoints" / "step-12" / "state.json").read_text())["loss_scale"] is None
+
+
+def test_several_datasets_in_one_run(world: Path, tmp_path: Path, script: Script) -> None:
+    """The share of each is shown, val_loss is their mean by share, and a resumed run ends where an uninterrupted one does."""
+    (tmp_path / "other.txt").write_text("Um papagaio verde fala pouco e pensa muito. " * 400)
+    options = ("--tokenizer", world / "data", "--val_fraction=0.1")
+    assert script("data/prepare.py", "--input", tmp_path / "other.txt", "--out", tmp_path / "other", *options).returncode == 0
+    shape = ("--n_layer=1", "--n_head=1", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_interval=4")
+    command = ("train.py", "--data", f"{world / 'data'}:0.5", f"{tmp_path / 'other'}:3", *shape)
+    done = script(*command, "--out_dir", tmp_path / "whole", "--max_steps=8")
+    assert done.returncode == 0, done.stderr
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of the training windows", done.stderr)]
+    assert sum(shares) == pytest.approx(100, abs=0.11)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "val_loss" in line][-1]
+    mean = shares[0] / 100 * last["val_loss/data"] + shares[1] / 100 * last["val_loss/other"]
+    assert last["val_loss"] == pytest.approx(mean, abs=0.01)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-8")
+    (tmp_path / "parts" / "checkpoints" / "last").write_text("step-4\n")
+    assert script(*command, "--out_dir", tmp_path / "parts", "--max_steps=8", "--resume").returncode == 0
+    weights = [(tmp_path / name / "checkpoints" / "step-8" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    changed = (*command[:2], f"{world / 'data'}:0.7", *command[3:])
+    more = script(*changed, "--out_dir", tmp_path / "parts", "--resume", "--max_steps=9")
+    assert more.returncode == 2
+    assert "data_sha256" in more.stderr
+    other = script("data/prepare.py", "--input", tmp_path / "other.txt", "--out", tmp_path / "bytes", "--tokenizer", "byte")
+    assert other.returncode == 0
+    refused = script("train.py", "--data", world / "data", tmp_path / "bytes", *shape, "--out_dir", tmp_path / "no")
+    assert refused.returncode == 2
+    assert "have different tokenizers" in refused.stderr
+
+
+def test_resume_without_a_checkpoint_says_so_and_keeps_the_metrics(world: Path, tmp_path: Path, script: Script) -> None:
+    shape = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_steps=1")
+    command = ("train.py", "--data", world / "data", "--out_dir", tmp_path / "run", *shape, "--resume")
+    done = script(*command)
+    assert done.returncode == 0
+    assert "no checkpoint to resume, the run starts from the beginning" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"next: sample.py --checkpoint {tmp_path / 'run'}")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert "metrics.jsonl is kept as metrics.before-1.jsonl" in script(*command).stderr
+    assert (tmp_path / "run" / "metrics.before-1.jsonl").read_bytes() == before
+
+
+def test_a_run_whose_checkpoints_are_on_another_disk(world: Path, tmp_path: Path, script: Script) -> None:
+    """checkpoints/ and the run itself may be links: --overwrite empties what they lead to and keeps them."""
+    (tmp_path / "scratch" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "checkpoints").symlink_to(tmp_path / "scratch" / "checkpoints")
+    shape = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--eval_interval=1", "--keep=1")
+    command = ("train.py", "--data", world / "data", "--out_dir", tmp_path / "run", *shape, "--overwrite")
+    for steps in (4, 2):
+        done = script(*command, f"--max_steps={steps}")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "checkpoints").is_symlink()
+        assert (tmp_path / "scratch" / "checkpoints" / f"step-{steps}").is_dir()
+    assert not (tmp_path / "scratch" / "checkpoints" / "step-4").exists()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    refused = script(*command[:3], "--out_dir", tmp_path / "gone", *shape)
+    assert refused.returncode == 2
+    assert "a link to" in refused.stderr

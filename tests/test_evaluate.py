@@ -10,10 +10,12 @@ import torch
 from conftest import Call, documents, make_dataset
 
 from model import GPT, GPTConfig
+from papagaio import evaluation
+from papagaio.batches.choices import Choice
 from papagaio.batches.conversations import Conversation
-from papagaio.batches.questions import Choice
 from papagaio.batches.windows import ValidationWindows
 from papagaio.corpus.dataset import Dataset
+from papagaio.errors import MachineError
 from papagaio.evaluation import (
     Answer,
     answer_nats,
@@ -26,7 +28,9 @@ from papagaio.evaluation import (
     words,
 )
 from papagaio.generation.engine import Engine
-from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer
+from papagaio.report import Report
+from papagaio.runs.checkpoint import contents, write_checkpoint
+from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer, CharTokenizer
 
 BYTES = ByteTokenizer()
 EOT, _, USER, ASSISTANT, END = (BYTES.special[name] for name in SPECIAL_TOKENS)
@@ -143,6 +147,57 @@ def test_the_choice_is_the_one_most_probable_by_the_byte(gpt: GPT, shots: list |
     assert choose(Engine(gpt, BYTES), even, shots) == [1]
     long = [Choice(question="q" * 40, choices=["a", "b"], answer=0)]
     assert choose(Engine(gpt, BYTES), long, shots) == [-1]
+
+
+def test_shots_leave_room_for_the_longest_choice(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any number of shots, all choices of a question follow the same prompt, and none is left out."""
+    engine, shots = Engine(gpt, BYTES), [talk("1?", "2"), talk("3?", "4"), talk("5?", "6"), talk("7?", "8")]
+    rows = [Choice(question=f"q{i}", choices=["a", "b", "a much longer one", "c"], answer=0) for i in range(8)]
+    asked: list[tuple[list[int], list[int]]] = []
+    monkeypatch.setattr(
+        evaluation, "answer_nats", lambda engine, questions: asked.extend(questions) or answer_nats(engine, questions)
+    )
+    for count in range(5):
+        report = Report()
+        asked.clear()
+        picked = choose(engine, rows, shots[:count], report)
+        for row, found in zip(rows, picked, strict=True):
+            shown = shots[:count][-1:]  # one shot and the longest choice fill 32 tokens
+            pairs = [question_ids(BYTES, talk(row.question, choice), shown, 99, 0) for choice in row.choices]
+            assert [asked.pop(0) for _ in pairs] == pairs
+            nats = answer_nats(engine, pairs).tolist()
+            assert found == int(np.argmin([n / len(c.encode()) for n, c in zip(nats, row.choices, strict=True)]))
+        assert report.lines() == []
+    partly = Choice(question="q" * 20, choices=["a", "a choice that does not fit"], answer=0, place="quiz.jsonl:1")
+    report = Report()
+    assert choose(engine, [partly], None, report) == [-1], "and not the one that fits"
+    assert report.lines() == ["counted wrong, question and choices exceed the context of 32 tokens: 1 (quiz.jsonl:1)"]
+
+
+def test_losses_that_are_not_finite_are_an_error(gpt: GPT) -> None:
+    with torch.no_grad():
+        gpt.norm = torch.nn.LayerNorm(16)
+        gpt.norm.weight.fill_(math.nan)
+    with pytest.raises(MachineError, match="not finite"):
+        answer_nats(Engine(gpt, BYTES), [([1], [2])])
+
+
+def test_checkpoints_of_other_tokenizers_keep_their_columns(world: Path, gpt: GPT, tmp_path: Path, call: Call) -> None:
+    """A dataset is measured as text by a checkpoint of another tokenizer; what one cannot read is a dash."""
+    characters = CharTokenizer("abc")
+    small = GPT(GPTConfig(vocab_size=characters.vocab_size, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    write_checkpoint(tmp_path / "bytes", contents(gpt, [], {"step": 1}), BYTES)
+    write_checkpoint(tmp_path / "chars", contents(small, [], {"step": 1}), characters)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(Dataset(world / "data"), "val")))
+    command = ("evaluate", "--dtype=float32", "--text", world / "data", held_out, "--checkpoint", tmp_path / "chars")
+    status, out, err = call(*command, tmp_path / "bytes", world / "base")
+    assert status == 0, err
+    rows = [line.split()[-3:] for line in out.splitlines() if line.startswith("  bits per byte")]
+    assert [row[0] for row in rows] == ["-", "-"]
+    assert rows[0][1:] == rows[1][1:], "the dataset's text and the text itself"
+    assert f"{tmp_path}/chars: text {world}/data is not measured: character 'T'" in err
+    assert call(*command)[0] == 2, "nothing was measured"
 
 
 def test_two_checkpoints_side_by_side(world: Path, tmp_path: Path, call: Call) -> None:

@@ -2,17 +2,22 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_dataset, trained
 
+import finetune
 from model import GPT, GPTConfig
+from papagaio import terminal
 from papagaio.batches.conversations import Conversation, render_prompt
 from papagaio.batches.windows import ValidationWindows
 from papagaio.errors import UserError
-from papagaio.evaluation import answer_questions, evaluate_loss, exact_match_line, exact_match_table
+from papagaio.evaluation import answer_questions, endings, evaluate_loss, exact_match_line, exact_match_table
 from papagaio.generation.engine import Engine
+from papagaio.options import read_options
+from papagaio.report import Report
 from papagaio.runs.checkpoint import contents, write_checkpoint
 from papagaio.runs.directory import open_checkpoint, prune, steps_saved
 from papagaio.tokenizer import ByteTokenizer
@@ -87,6 +92,64 @@ def test_answers_are_the_models_greedy_ones_and_counted_right(gpt: GPT) -> None:
     assert exact_match_line(mixed) == "0.333 (1/3)"
     rows = [line.split() for line in exact_match_table(mixed).splitlines()[1:]]
     assert rows == [["a", "2", "0.500"], ["b", "1", "0.000"]]
+
+
+def question(text: str, answer: str) -> Conversation:
+    return Conversation(
+        messages=[{"role": "user", "content": text}, {"role": "assistant", "content": answer}], place=f"qa.jsonl:{text}"
+    )
+
+
+@pytest.mark.parametrize("shots", [None, []])
+def test_one_long_question_leaves_the_others_their_room(gpt: GPT, shots: list | None) -> None:
+    """Of 16 tokens, the long questions leave room for none or one; the others' answers may have seven."""
+    engine = Engine(gpt.eval(), BYTES)
+    others = [question(text, "xxxx") for text in ("a", "bc", "d", "ef")]
+    long = [question("l" * 12, "xx"), question("m" * 40, "xx")]
+    report, everyone = Report(), [others[0], long[0], *others[1:], long[1]]
+    answers = answer_questions(engine, everyone, report, shots=shots and [shots] * 6)
+    alone = [answer_questions(engine, [row], shots=shots and [shots])[0] for row in others]
+    assert [answers[i] for i in (0, 2, 3, 4)] == alone
+    assert max(len(answer.text.encode()) for answer in alone) > 2, "more than the long question would have left"
+    assert [answer.fits for answer in answers] == [True, False, True, True, True, False]
+    assert report.lines() == [
+        f"counted wrong, question and answer exceed the context of 16 tokens: 2 (qa.jsonl:{'l' * 12}, qa.jsonl:{'m' * 40})"
+    ]
+    assert not any(answer.correct or answer.cut for answer in answers if not answer.fits)
+    assert answers[-1].shown == " (does not fit the context)"
+
+
+def test_answers_that_are_cut_are_marked_and_counted_apart(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(gpt.eval(), BYTES)
+    monkeypatch.setattr(engine, "greedy", lambda prompts, limits, end: [[120] * limit for limit in limits])  # never ends
+    answers = answer_questions(engine, [question("a", "xx"), question("b" * 40, "x")])
+    assert [answer.cut for answer in answers] == [True, False]
+    assert answers[0].shown == "xxxx (cut)"
+    assert endings(answers) == (
+        "answers that ended by themselves: 0.000; cut, and counted as wrong: 1; without room in the context: 1"
+    )
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(terminal.progress(range(3), "batches")) == [0, 1, 2]
+    assert capsys.readouterr().err == "", "short work is silent"
+    monkeypatch.setattr(terminal, "PROGRESS_SECONDS", -1.0)
+    assert list(terminal.progress(range(3), "batches")) == [0, 1, 2]
+    assert capsys.readouterr().err == "batches: 0 of 3\nbatches: 1 of 3\nbatches: 2 of 3\n"
+
+
+def test_the_report_has_the_first_file_last(gpt: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = SimpleNamespace(out_dir=tmp_path, seed=1)
+    tests = {Path("a/qa_test.jsonl"): [question("a", "x")], Path("b/qa_reworded.jsonl"): [question("b" * 40, "x")] * 2}
+    finetune.report(Engine(gpt.eval(), BYTES), tests, [], None, config)
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-2:] == ["qa_reworded.jsonl: exact match 0.000 (0/2)", "held-out exact match 0.000 (0/1)"]
+    assert out.count("questions  exact match") == 2
+    assert "exceed the context of 16 tokens: 2" in err
+    toml = tmp_path / "a.toml"
+    toml.write_text(f'test_data = "{toml}"\ninit_from = "x"\nout_dir = "x"\ndata = ["{toml}"]\n')
+    assert read_options(finetune.FinetuneOptions, [str(toml)]).test_data == (toml,)
 
 
 def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:

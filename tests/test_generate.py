@@ -94,7 +94,7 @@ def test_repetition_penalty_is_ctrls() -> None:
 
 def test_frequency_penalty_bias_and_bans_are_their_formulas() -> None:
     logits = torch.tensor([[2.0, -2.0, 3.0]])
-    row = Row(0, [0, 0], 0, TextStream(BYTES))  # what the prompt holds is not counted
+    row = Row(0, [0, 0], 0, 9, TextStream(BYTES))  # what the prompt holds is not counted
     row.ids += [1, 1, 1, 2]
 
     def adjusted(banned: Collection[int] = (), **values: object) -> list[list[float]]:
@@ -131,6 +131,30 @@ def test_what_is_ruled_out_is_never_drawn(uniform: float, banned: set[int]) -> N
         assert int(draw(logits, torch.tensor([u], dtype=torch.float64))) not in banned
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 4e-38, 1e-30, 9e-6])
+def test_a_temperature_near_0_is_greedy(gpt: GPT, temperature: float) -> None:
+    greedy = generate(gpt, [1], options(temperature=0, max_new_tokens=8), banned={3})
+    assert generate(gpt, [1], options(temperature=temperature, max_new_tokens=8), banned={3}) == greedy
+    assert generate(gpt, [1], options(temperature=1e-5, max_new_tokens=8), banned={3}) == greedy, "just above the floor"
+
+
+def test_the_highest_temperature_still_bans(gpt: GPT) -> None:
+    assert set(generate(gpt, [1], options(temperature=1e6, max_new_tokens=40), banned=range(2, 261))) <= {0, 1}
+
+
+@pytest.mark.parametrize("extreme", [{"repetition_penalty": 1e-300}, {"frequency_penalty": -1e300}], ids=str)
+def test_options_that_overflow_are_not_the_models_fault(gpt: GPT, extreme: dict) -> None:
+    with pytest.raises(UserError, match="penalty"):
+        generate(gpt, [1], options(temperature=1, max_new_tokens=8, **extreme))
+
+
+def test_a_literal_backslash_in_a_stop_text_gets_a_hint() -> None:
+    assert options(stop=("\n", "n", "\\")).hints() == []
+    (hint,) = options(stop=(r"\n",)).hints()
+    assert hint.startswith(r"--stop '\n' is searched for literally")
+    assert r"$'\n'" in hint
+
+
 def test_filters_combine() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     assert kept(filtered(logits, options(temperature=5, top_k=3, min_p=0.7))) == {1, 2}
@@ -142,9 +166,9 @@ def test_filters_combine() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"temperature": value} for value in (-0.1, math.nan, math.inf)),
+        *({"temperature": value} for value in (-0.1, math.nan, math.inf, 1e39)),
         *({"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"frequency_penalty": math.nan}),
-        *({"logit_bias": (word,)} for word in ("5", "a=1", "5=", "5=nan", "5=1=2")),
+        *({"logit_bias": (word,)} for word in ("5", "a=1", "5=", "5=nan", "5=1=2", "5=1" + "0" * 40)),
     ],
     ids=str,
 )
@@ -226,6 +250,15 @@ def test_samples_of_a_prompt_share_what_was_read(gpt: GPT, monkeypatch: pytest.M
     found = draw_all(gpt, [[5] * 20] * 7, batch_size=2, temperature=0, max_new_tokens=3)
     assert found == [found[0]] * 7
     assert [shape for shape in read if shape[1] > 1] == [(1, 19)]
+
+
+def test_a_request_may_have_a_limit_of_its_own(gpt: GPT) -> None:
+    whole = draw_all(gpt, [[1]], temperature=0, max_new_tokens=6)[0]
+    requests = [Request([1], limit=limit) for limit in (2, 9, None, 1)]
+    steps = list(complete(gpt, requests, options(temperature=0, max_new_tokens=6), batch_size=4))
+    found = [[step.token.id for step in steps if step.index == i] for i in range(4)]
+    assert found == [whole[:2], whole, whole, whole[:1]]
+    assert Engine(gpt, BYTES).greedy([[1], [1]], [2, 4], -1) == [whole[:2], whole[:4]]
 
 
 def test_ends_and_lengths_are_told(gpt: GPT) -> None:

@@ -374,7 +374,7 @@ def test_prepare_writes_text_and_the_beginnings_of_documents(
         (tmp_path / f"x.jsonl.{name}").write_bytes(packed("".join(json.dumps({"text": t}) + "\n" for t in kinds[name]).encode()))
     (tmp_path / "folder").mkdir()
     for i, text in enumerate(kinds["d"]):
-        (tmp_path / "folder" / f"{i:03d}.{('txt', 'md', 'csv', 'py')[i % 4]}").write_text(text)
+        (tmp_path / "folder" / f"{i:03d}.{('txt', 'md', 'rst', 'py')[i % 4]}").write_text(text)
     whole = "s" + "\n".join(numbered)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(whole.encode())))
     save_tokenizer(tokenizer, tmp_path / "tokenizer")

@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from papagaio.batches.conversations import Conversation
-from papagaio.batches.questions import (
-    hold_out,
-    parse_source,
-    read_choices,
-    read_conversations,
-    read_examples,
-    select,
-)
+from papagaio.batches.questions import Reader, hold_out, read_choices, read_conversations, read_examples, select
 from papagaio.errors import UserError
 from papagaio.report import Report
 
@@ -108,8 +101,12 @@ def turns(*roles: str) -> dict:
         (turns("user", "assistant", "user"), "last message must be the assistant's"),
         (turns("system"), "last message"),
         (turns("user", "system", "assistant"), "take turns"),
-        (turns("user", "robot"), "role"),
-        ({"question": "q", "answer": "a", "weight": 0}, "weight: .*greater than 0"),
+        (turns("user", "robot"), "role: 'robot' is none of system, user and assistant"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts other than text"),
+        ({"system": "s"} | turns("system", "user", "assistant"), "take turns"),
+        ({"question": "q", "answer": "a", "history": "no"}, "history must be a list"),
+        ('{"question": "q", "answer": "a"},', "a comma follows the value"),
+        ({"question": "q", "answer": "a", "weight": -1}, "weight: .*greater than 0"),
         ({"question": "q", "answer": "a", "weight": "2"}, "weight: .*number"),
         ('{"question": "q", "answer": "a", "weight": NaN}', "weight: .*(finite|greater)"),
         (
@@ -164,22 +161,6 @@ def test_missing_files_and_wrong_rows_of_a_table(tmp_path: Path) -> None:
         read_conversations(tmp_path / "qa.parquet")
 
 
-def test_sources_have_weights(tmp_path: Path) -> None:
-    path, odd = write(tmp_path / "qa.jsonl", ""), write(tmp_path / "odd:3", "")
-    assert parse_source(str(path)) == (path, 1)
-    assert parse_source(f"{path}:0.5") == (path, 0.5)
-    assert parse_source(str(odd)) == (odd, 1)
-    assert parse_source(f"{odd}:2") == (odd, 2)
-    for word, message in (
-        (f"{path}:0", "positive"),
-        (f"{path}:-1", "positive"),
-        (f"{path}:nan", "positive"),
-        ("no:2", "no such"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            parse_source(word)
-
-
 def qa(question: str, answer: str) -> Conversation:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Conversation(messages=messages, place=f"qa.jsonl:{question}{answer}")
@@ -192,7 +173,7 @@ def test_what_cannot_be_trained_on_is_dropped_and_counted() -> None:
     first, second = report.lines()
     assert first == ("dropped, empty answer: 7 (qa.jsonl:q , qa.jsonl:0, qa.jsonl:1, qa.jsonl:2, qa.jsonl:3, ...)")
     assert second == "dropped, a duplicate: 1 (qa.jsonl:qa)"
-    assert report.first(Path("qa.jsonl")) == "qa.jsonl:q : dropped, empty answer"
+    assert report.first(Path("qa.jsonl")) == "qa.jsonl:q : empty answer"
     assert report.first(Path("a.jsonl")) == "a.jsonl"
     assert len(select(rows, Report(), set(), keep_duplicates=True)) == 3
 
@@ -217,7 +198,8 @@ def test_preferences(tmp_path: Path) -> None:
     assert [message.content for message in second.messages] == ["q", "a", "r"]
     assert second.chosen == first.chosen
     for wrong, message in (
-        (plain | {"rejected": "good"}, "are the same"),
+        (plain | {"prompt": talk, "chosen": [*talk[:1], *answers["chosen"]], "rejected": talk[:2]}, "not in the chosen"),
+        (plain | {"chosen": talk[:2]}, "answer different conversations"),
         (plain | {"chosen": 3}, r"chosen\.content"),
         (plain | {"prompt": talk[:2]}, "last message must be the user's"),
         ({"prompt": "q", "chosen": "a"}, "none of the known shapes"),
@@ -240,7 +222,7 @@ def test_choices(tmp_path: Path) -> None:
         (row | {"choices": ["x"], "answer": 0}, "choices"),
         (row | {"choices": ["x", " "], "answer": 0}, "an empty choice"),
         (row, "question, choices and answer are needed"),
-        ([], "question, choices and answer are needed"),
+        (3, "question, choices and answer are needed"),
     ):
         with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{message}"):
             read_choices(write(tmp_path / "c.jsonl", wrong))
@@ -254,3 +236,140 @@ def test_of_a_few_one_is_held_out() -> None:
     assert hold_out(rows[:1], 0.5) == (rows[:1], [])
     assert hold_out(rows, 0.0) == (rows, [])
     assert hold_out([], 0.5) == ([], [])
+
+
+SYSTEM, LONG = [("system", "s"), *PLAIN], [("user", "q\n\nc"), ("assistant", "a")]
+ASKED = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PLAIN),
+        ({"conversations": [{"from": "system", "value": "s"}, ASKED, {"role": "model", "value": "a"}]}, SYSTEM),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}], "system": "s"}, SYSTEM),
+        ({"prompt": "q", "response": "a", "system": "s"}, SYSTEM),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, SYSTEM),
+        ({"system_prompt": "", "question": "q", "response": "a"}, PLAIN),
+        ({"input": "q", "output": "a"}, PLAIN),
+        ({"instruction": "q", "context": "c", "response": "a", "category": "closed_qa"}, LONG),
+        ({"question": "q", "context": "c", "answer": "a"}, LONG),
+        ({"instruction": "q", "input": None, "output": "a", "history": [["x", "y"]], "system": "s"},
+         [("system", "s"), ("user", "x"), ("assistant", "y"), *PLAIN]),
+        ({" Question": "q", "ANSWER ": "a"}, PLAIN),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"from": "gpt", "value": "a"}]}, PLAIN),
+    ],
+)  # fmt: skip
+def test_shapes_of_public_files(row: dict, expected: list, tmp_path: Path) -> None:
+    reader = Reader()
+    (found,) = reader.conversations(write(tmp_path / "qa.jsonl", row))
+    assert [(m.role, m.content) for m in found.messages] == expected
+    assert not reader.check().counts  # every key was read
+
+
+def test_keys_that_are_not_read_are_named_once(tmp_path: Path) -> None:
+    rows = [{"question": str(i), "answer": "a", "Source": "web"} | ({"note": 1} if i < 2 else {}) for i in range(9)]
+    reader = Reader()
+    reader.conversations(write(tmp_path / "qa.jsonl", *rows))
+    assert reader.check().counts == {'not read, key "Source"': 9, 'not read, key "note"': 2}
+
+
+def test_rows_and_turns_that_are_not_to_be_learnt(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    muted = [turns[0], turns[1] | {"weight": 0}, turns[0], turns[1] | {"train": True}, turns[0], turns[1] | {"loss": False}]
+    rows = [
+        {"prompt": "p", "completion": "bad", "label": False},
+        {"prompt": "p", "completion": "good", "label": True},
+        {"question": "q", "answer": "a", "weight": 0},
+        {"messages": muted},
+    ]
+    reader = Reader()
+    good, talk = reader.conversations(write(tmp_path / "qa.jsonl", *rows))
+    assert good.answer == "good"
+    assert [message.supervised for message in talk.answers] == [False, True, False]
+    assert reader.check().counts == {"left out, marked as a bad answer (label: false)": 1, "left out, weight 0": 1}
+    (tmp_path / "qa.csv").write_text("prompt;completion;label\np;a;FALSE\np;b;true\n")
+    assert [row.answer for row in Reader().conversations(tmp_path / "qa.csv")] == ["b"]
+
+
+def test_all_bad_rows_are_in_one_message_or_left_out(tmp_path: Path) -> None:
+    good, bad = {"question": "q", "answer": "a"}, {"question": "q", "reply": "a"}
+    path, other = write(tmp_path / "qa.jsonl", good, *[bad] * 7, "{", good), write(tmp_path / "x.jsonl", turns("user"), good)
+    reader = Reader()
+    assert len(reader.conversations(path)) == 2
+    reader.conversations(other)
+    with pytest.raises(
+        UserError,
+        match=r"qa\.jsonl:2: .* \(and 6 more: .*qa\.jsonl:3, .*, \.\.\.\); .*qa\.jsonl:9: not JSON.*; .*x\.jsonl:1.*skip_bad",
+    ):
+        reader.check()
+    lenient = Reader(skip_bad=True)
+    assert len(lenient.conversations(path)) == 2
+    assert sorted(lenient.check().counts.values()) == [1, 7]
+
+
+def test_question_and_answer_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "qa.jsonl", {"Frage": "q", "Antwort": "a"})
+    (row,) = Reader(question_key="frage", answer_key="Antwort").conversations(path)
+    assert [(m.role, m.content) for m in row.messages] == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", b'[{"question": "q", "answer": "a"}]'),
+        ("a.txt.json", b'{\n "question": "q",\n "answer": "a"\n}\n'),
+        ("a.json", '{"question": "q", "answer": "a"}'.encode("utf-16")),
+        ("a.csv", b"\xef\xbb\xbfQuestion, Answer\nq,a\n"),
+        ("b.csv", b"question;answer\nq;a\n"),
+        ("c.csv", b"answer\tquestion\r\na\tq\r\n"),
+        ("d.csv", "question,answer\nq,a\n".encode("utf-16")),
+    ],
+)
+def test_formats_by_content(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert contents(tmp_path / name) == [PLAIN]
+
+
+def test_encoding_of_questions(tmp_path: Path) -> None:
+    (tmp_path / "qa.csv").write_bytes("question,answer\nOnde fica São Tomé?,na África\n".encode("latin-1"))
+    (row,) = Reader(encoding="latin-1").conversations(tmp_path / "qa.csv")
+    assert row.answer == "na África"
+    with pytest.raises(UserError, match="--encoding=no-such: no such encoding"):
+        Reader(encoding="no-such").conversations(tmp_path / "qa.csv")
+
+
+def test_preferences_as_public_files_have_them(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "q"}
+    good, bad = ([question, {"role": "assistant", "content": text}] for text in ("good", "bad"))
+    hh = {name: f"\n\nHuman: q\n\nAssistant: {name}" for name in ("good", "bad")}
+    rows = [
+        {"prompt": "q", "chosen": good, "rejected": bad},  # UltraFeedback
+        {"chosen": good, "rejected": bad},
+        {"chosen": hh["good"], "rejected": hh["bad"]},  # HH-RLHF
+        {"system": "s", "prompt": "q", "chosen": "good", "rejected": "bad"},
+    ]
+    found = read_examples(write(tmp_path / "p.jsonl", *rows))
+    assert [(row.chosen.content, row.rejected.content) for row in found] == [("good", "bad")] * 4
+    assert [[m.content for m in row.messages] for row in found] == [["q"]] * 3 + [["s", "q"]]
+    report = Report()
+    same = read_examples(write(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "a", "rejected": "a"}))
+    assert select(same, report, set()) == []
+    assert report.counts == {"dropped, chosen and rejected are the same": 1}
+
+
+def test_choices_as_arc_has_them_and_answers_that_mean_two_things(tmp_path: Path) -> None:
+    labelled = {"text": ["3", "4", "2"], "label": ["1", "2", "3"]}
+    rows = [
+        {"question": "q", "choices": labelled, "answerKey": "3", "id": "x"},
+        {
+            "question": {"stem": "q", "choices": [{"text": t, "label": n} for t, n in zip("xyz", "ABC", strict=True)]},
+            "answerKey": "B",
+        },
+        {"question": "q", "choices": ["x", "y"], "answer": "b"},
+    ]
+    assert [row.right() for row in read_choices(write(tmp_path / "c.jsonl", *rows))] == [2, 1, 1]
+    for choices, answer in ((["3", "4", "2", "1"], "2"), (["B", "x"], "B")):
+        row = {"question": "q", "choices": choices, "answer": answer}
+        with pytest.raises(UserError, match=rf"answer '{answer}' is ambiguous"):
+            read_choices(write(tmp_path / "c.jsonl", row))

@@ -69,6 +69,7 @@ def test_spelled_out_special_tokens_stay_text(text: str) -> None:
 
 
 @needs_ranks
+@settings(deadline=None)
 @given(st.text())
 def test_gpt2_ids_are_tiktokens(gpt2: BPETokenizer, text: str) -> None:
     theirs = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=gpt2.ranks, special_tokens={"<|endoftext|>": 50256})
@@ -247,6 +248,22 @@ def test_arrays_hold_the_ids_that_tiktoken_gives(pattern: str, text: str, copies
         if expected is not None:
             assert tokenizer.encode_array(whole).tolist() == expected
         assert tokenizer.decode(tokenizer.encode_array(whole).tolist()) == whole
+
+
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN])
+@given(pieces_of_text, st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_has_the_ids_of_the_uncut_encoding(pattern: str, text: str, copies: int) -> None:
+    tokenizer, whole = trained(pattern), (text + " and more words, " * 20) * copies
+    assert tokenizer.encode(whole) == tokenizer.encoding.encode_ordinary(whole)
+
+
+@pytest.mark.parametrize("character", [" ", "\n", "\t", "\u3000", "a", "7", "é", "!", "🦜"])
+def test_a_million_of_one_character(character: str) -> None:
+    """Which tiktoken alone does not survive if they are blanks with something behind them."""
+    tokenizer, text = trained(GPT2_PATTERN), f"a{character * 1_000_000}x"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """papagaio/batches/windows.py: every window once an epoch, the same ones for the same seed and step, validation without gaps."""
 
+import hashlib
 import itertools
 import sys
 import threading
@@ -14,10 +15,12 @@ from conftest import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papagaio.batches.packing import Mixture
+from papagaio.batches.mixture import Mixture, mix, parse_source, permute
 from papagaio.batches.prefetch import Prefetch
-from papagaio.batches.windows import Batch, ValidationWindows, WindowLoader, mix, permute
+from papagaio.batches.windows import Batch, ValidationWindows, WindowLoader
 from papagaio.errors import UserError
+from papagaio.tokenizer import CharTokenizer
+from papagaio.training.corpora import Corpora, Validation
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 10**6))
@@ -238,3 +241,91 @@ def test_batch_moves_and_splits_together() -> None:
     batch = Batch(torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2))
     assert [len(part.weights) for part in batch.split(2)] == [2, 2, 1]
     assert batch.to(torch.device("cpu")).ids.dtype == torch.int64
+
+
+def test_several_datasets_are_visited_as_often_as_their_weights_say(tmp_path: Path) -> None:
+    """With weights 3 and 0.5, an epoch has each window of the first three times and half of the second's, in one random order."""
+    first = make_dataset(tmp_path / "a", [b"a" * 161, b"x"], shard_tokens=1024)
+    second = make_dataset(tmp_path / "b", [b"b" * 321, b"y"], shard_tokens=1024)
+    loader = WindowLoader([first, second], "train", 16, 5, seed=3, repeats=(3, 0.5))
+    counts = [WindowLoader(each, "train", 16, 5, seed=3).n_windows for each in (first, second)]
+    assert loader.n_windows == 3 * counts[0] + round(counts[1] / 2)
+    drawn = [place for step in range(2 * loader.n_windows // 5) for place in loader.places(step)]
+    assert len(drawn) == 2 * loader.n_windows // 5 * 5
+    of_first = sum(place.startswith(str(first.directory)) for place in drawn)
+    assert of_first == pytest.approx(6 * counts[0], abs=4)
+    again = WindowLoader([first, second], "train", 16, 5, seed=3, repeats=(3, 0.5))
+    for step in (7, 2):  # a pure function of the step
+        assert torch.equal(loader(step)[0].ids, again(step)[0].ids)
+    half = WindowLoader([first, second], "train", 16, 4, seed=3, repeats=(3, 0.5))
+    parts = [WindowLoader([first, second], "train", 16, 4, seed=3, repeats=(3, 0.5), rank=i, world_size=2) for i in (0, 1)]
+    assert torch.equal(half(1)[0].ids, torch.cat([part(1)[0].ids for part in parts]))
+    with pytest.raises(UserError, match="its weight leaves none of its"):
+        WindowLoader([first, second], "train", 16, 5, seed=3, repeats=(1, 0.001))
+
+
+def test_sources_have_weights(tmp_path: Path) -> None:
+    odd = tmp_path / "odd:3"
+    odd.mkdir()
+    assert parse_source("out/a") == ("out/a", 1)
+    assert parse_source("out/a:0.5") == ("out/a", 0.5)
+    assert parse_source(str(odd)) == (str(odd), 1)
+    assert parse_source(f"{odd}:2") == (str(odd), 2)
+    assert parse_source("hf://name:config") == ("hf://name:config", 1)
+    for word in ("a:0", "a:-1", "a:nan", "a:inf"):
+        with pytest.raises(ValueError, match="positive"):
+            parse_source(word)
+
+
+def test_one_dataset_of_weight_one_gives_the_batches_it_always_gave(tmp_path: Path) -> None:
+    """The hash was taken before datasets had weights: the demo's weights depend on it."""
+    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20, b"another document " * 90], shard_tokens=1024)
+    loader, digest = WindowLoader(dataset, "train", 16, 6, 7, document_mask=True), hashlib.sha256()
+    for step in range(200):
+        for tensor in loader(step)[0]:
+            digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest() == "701df9b27ec105af3ffc89a79109790b7aee0b3db72e6b1b022f6b35834c14f1"
+
+
+def test_a_mixture_of_a_trillion_items_stores_no_list() -> None:
+    mixture = Mixture([10**12, 10**9], [1, 2.5], 3)
+    assert mixture.size == 10**12 + 25 * 10**8
+    assert len(set(mixture(10**12, 10**12 + 1000))) > 990
+
+
+def test_corpora_have_names_and_an_identity(tmp_path: Path) -> None:
+    first = make_dataset(tmp_path / "a" / "data", [b"one text " * 50])
+    second = make_dataset(tmp_path / "b" / "data", [b"another " * 50])
+    paths = [str(first.directory), str(second.directory)]
+    assert Corpora(paths).names == ["a/data", "b/data"]
+    assert Corpora(paths[:1]).names == ["data"]
+    assert Corpora(paths[:1]).sha256 == first.sha256
+    words = (paths, paths[::-1], [f"{paths[0]}:2", paths[1]], [f"{paths[0]}:0.1", paths[1]], [f"{paths[0]}:0.1000001", paths[1]])
+    assert len({Corpora(each).sha256 for each in words}) == 5
+    tokens = [each.splits["train"]["tokens"] for each in (first, second)]
+    assert Corpora([f"{paths[0]}:3", paths[1]]).epoch_tokens == 3 * tokens[0] + tokens[1]
+    with pytest.raises(UserError, match=r"is named twice; give it a weight instead"):
+        Corpora([paths[0], f"{tmp_path}/b/../a/data"])
+    letters = make_dataset(tmp_path / "c", [b"abc"], tokenizer=CharTokenizer(sorted(set("abc validation text"))))
+    with pytest.raises(UserError, match=r"a/data and .*/c have different tokenizers; prepare one of them again with --tokenizer"):
+        Corpora([paths[0], str(letters.directory)])
+
+
+def test_validation_of_several_datasets_is_bounded_and_weighted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of 1 and 5 nats, with shares of 3 to 1, are 2 nats; eval_tokens bounds the whole."""
+    for name, val in (("a", [b"validation " * 100]), ("b", [b"x"] * 551)):  # b has half a byte per token
+        make_dataset(tmp_path / name, [b"text " * 100], val, 2000)
+    corpora = Corpora([str(tmp_path / "a"), str(tmp_path / "b")])
+    validation = Validation(corpora, [0.75, 0.25], 10, 4, 400, document_mask=False)
+    assert [len(part.starts) for part in validation.parts] == [30, 10]
+    assert (validation.tokens, validation.whole) == (400, 2203)
+    found = iter([{"val_loss": 1.0, "val_bpb": 2.0}, {"val_loss": 5.0, "val_bpb": 6.0}])
+    monkeypatch.setattr("papagaio.training.corpora.evaluate_loss", lambda *_: next(found))
+    assert validation(torch.nn.Module(), torch.float32) == pytest.approx(
+        {
+            "val_loss": 2.0,
+            "val_bpb": (0.75 * 1100 / 1101 * 2 + 0.125 * 6) / (0.75 * 1100 / 1101 + 0.125),
+            "val_loss/a": 1.0,
+            "val_loss/b": 5.0,
+        }
+    )

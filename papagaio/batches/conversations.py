@@ -30,6 +30,7 @@ class Message(Strict):
 
     role: Literal["system", "user", "assistant"]
     content: str
+    supervised: bool = True  # of an answer: whether it is trained on
 
     @field_validator("content")
     @classmethod
@@ -92,8 +93,6 @@ class Preference(Strict):
         check_turns(self.messages, "user")
         if {self.chosen.role, self.rejected.role} != {"assistant"}:
             raise ValueError("chosen and rejected must have the role assistant")
-        if self.chosen.content == self.rejected.content:
-            raise ValueError("chosen and rejected are the same")
         return self
 
 
@@ -121,13 +120,14 @@ class Tokens(NamedTuple):
 def render(tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all") -> Tokens:
     """The chat template: <|endoftext|>, then for each message its role token, its content as ordinary text, <|end|>.
 
-    The assistant's contents and the <|end|> after each are supervised; with train_on="last", only those of the last message.
+    The assistant's contents and the <|end|> after each are supervised, unless the message says otherwise; with train_on="last",
+    only those of the last message.
     """
     ids, supervised = [tokenizer.special[END_OF_TEXT]], [False]
     for number, message in enumerate(messages, 1):
         content = [*tokenizer.encode(message.content), tokenizer.special[END]]
         ids += [tokenizer.special[ROLE_TOKENS[message.role]], *content]
-        answer = message.role == "assistant" and (train_on == "all" or number == len(messages))
+        answer = message.role == "assistant" and message.supervised and (train_on == "all" or number == len(messages))
         supervised += [False] + [answer] * len(content)
     return Tokens(ids, supervised)
 

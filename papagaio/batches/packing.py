@@ -11,7 +11,6 @@ import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from papagaio.batches.conversations import Conversation, TrainOn, render
-from papagaio.batches.windows import Batch, WindowLoader, mix, permute
+from papagaio.batches.mixture import Mixture
+from papagaio.batches.windows import Batch, WindowLoader
 from papagaio.errors import located
 from papagaio.report import Report
 from papagaio.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def encode(
                 report.note(f"dropped, longer than the context of {block_size} tokens", conversation.place)
                 continue
             ids, supervised = ids[: block_size + 1], supervised[: block_size + 1]
-        if not any(supervised):
+        if not any(supervised):  # all that is supervised was cut off, or the row says that nothing is
             report.note(f"dropped, no room for an answer in the context of {block_size} tokens", conversation.place)
             continue
         examples.append(Example(np.array(ids, np.uint32), np.array(supervised), conversation.weight, conversation.place))
@@ -135,43 +135,6 @@ def evaluation_batches(examples: Sequence[Example], width: int, batch_size: int,
     """All examples once, in batches of batch_size rows. A supervised token has the weight of its example."""
     rows, width = arrange(examples, width, packing)
     return [collate(rows[i : i + batch_size], width, 1.0) for i in range(0, len(rows), batch_size)]
-
-
-class Mixture:
-    """The order in which examples of several files are trained on: a pure function of seed and position.
-
-    `counts` are the examples of each file, numbered through all files; `weights` say how often an epoch has each example of a
-    file. With a weight of 1.5, an epoch has every example once and half of them a second time, the other half in the next epoch.
-    """
-
-    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        self.seed = seed
-        firsts, copies = np.cumsum([0, *counts[:-1]]), [int(weight) for weight in weights]
-        extra = [round(weight % 1 * count) for weight, count in zip(weights, counts, strict=True)]
-        # Of each file: the number of its first example, how many there are, how often all of them occur, and how many once more.
-        self.files = list(zip(firsts.tolist(), counts, copies, extra, strict=True))
-        self.size = sum(count * copies + extra for _, count, copies, extra in self.files)
-        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)  # two, because the prefetching thread may be one epoch ahead
-
-    def __call__(self, start: int, stop: int) -> list[int]:
-        """The numbers of the examples at positions start to stop - 1 of the training order."""
-        epochs, index = np.divmod(np.arange(start, stop), self.size)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            index[here] = self._epoch(epoch)[permute(index[here], self.size, self.seed, epoch)]
-        return index.tolist()
-
-    def _compute_epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The numbers of an epoch's examples, before they are shuffled."""
-        parts = []
-        for i, (first, count, copies, extra) in enumerate(self.files):
-            parts.append(first + np.tile(np.arange(count), copies))
-            rounds, index = np.divmod(np.arange(epoch * extra, (epoch + 1) * extra), count)  # a round has every example once
-            for number in np.unique(rounds).tolist():
-                here = rounds == number
-                index[here] = permute(index[here], count, int(mix(self.seed, i)), number)
-            parts.append(first + index)
-        return np.concatenate(parts)
 
 
 @dataclass

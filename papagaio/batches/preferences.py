@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,10 +62,12 @@ def encode_pairs(
         sides = [Conversation(messages=[*row.messages, answer], place=row.place) for answer in (row.chosen, row.rejected)]
         dropped = Report()  # of its own, so that a pair is counted once and not for each side
         examples = encode(sides, tokenizer, block_size, dropped, too_long, train_on="last")
-        if len(examples) == 2:
-            pairs.append(Pair(*examples))
-        else:
+        if len(examples) < 2:
             report.note(next(iter(dropped.places)), row.place)
+        elif np.array_equal(examples[0].ids, examples[1].ids):  # cut to the context
+            report.note("dropped, chosen and rejected are the same within the context", row.place)
+        else:
+            pairs.append(Pair(*examples))
     return pairs
 
 

@@ -1,8 +1,8 @@
 """Training windows: WindowLoader gives the batches of a step as a pure function of (seed, step).
 
 A window is block_size + 1 consecutive tokens of a shard: the inputs, and the same tokens shifted by one as targets. Each epoch
-visits every window exactly once, in a random order that a keyed permutation computes index by index: no list is shuffled, so
-memory does not grow with the corpus, and a resumed run has to remember only its step.
+visits every window exactly once (with weights, as often as the weight of its dataset says), in a random order that mixture.py
+computes index by index: memory does not grow with the corpus, and a resumed run has to remember only its step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from papagaio.batches.mixture import Mixture, mix
 from papagaio.corpus.dataset import Dataset
 from papagaio.errors import UserError
 from papagaio.tokenizer import END_OF_TEXT
@@ -68,42 +69,55 @@ def likelihood(model: Any, batch: Batch) -> Tensor:
 
 
 class WindowLoader:
-    """Training windows of a split: `loader(step)` is a list with one Batch, the windows of an optimizer step.
+    """Training windows of a split, of one dataset or of several: `loader(step)` is a list with one Batch, the windows of an
+    optimizer step.
 
-    The first window of a shard starts at another offset in each epoch, so that a token does not always have the same position.
-    With document_mask, the batch has doc_ids. Each of world_size ranks gets its own part of the batch. Raises UserError if the
-    split is shorter than one window.
+    `repeats` says how often an epoch has each window of each dataset, by default once. The first window of a shard starts at
+    another offset in each epoch, so that a token does not always have the same position. With document_mask, the batch has
+    doc_ids. Each of world_size ranks gets its own part of the batch. Raises UserError if a dataset gives no window.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        datasets: Dataset | Sequence[Dataset],
         split: str,
         block_size: int,
         batch_size: int,
         seed: int,
         *,
+        repeats: Sequence[float] = (1.0,),
         document_mask: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.shards = [np.asarray(shard) for shard in dataset.shards(split)]  # slices of plain arrays cost less
-        self.dataset, self.names = dataset, [shard["file"] for shard in dataset.splits[split]["shards"]]
+        self.datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
-        self.start_token = dataset.tokenizer.special[END_OF_TEXT] if document_mask else None
+        self.start_token = self.datasets[0].tokenizer.special[END_OF_TEXT] if document_mask else None
         assert batch_size % world_size == 0, f"batch size {batch_size} is not divisible by {world_size} ranks"
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        prefixes = [f"{dataset.directory}/" if len(self.datasets) > 1 else "" for dataset in self.datasets]
+        files = [[shard["file"] for shard in dataset.splits[split]["shards"]] for dataset in self.datasets]
+        self.names = [prefix + file for prefix, part in zip(prefixes, files, strict=True) for file in part]
+        parts = [dataset.shards(split) for dataset in self.datasets]
+        self.shards = [np.asarray(shard) for part in parts for shard in part]  # slices of plain arrays cost less
         sizes = np.array([len(shard) for shard in self.shards], np.int64)
         # The number of windows that fit at every offset; at least one if the shard has one at all.
         counts = np.maximum((sizes - block_size) // block_size, np.clip((sizes - 1) // block_size, 0, 1))
         self.slack = np.minimum(sizes - 1 - counts * block_size, block_size - 1)  # the largest offset of each shard
         self.ends = counts.cumsum()  # windows of the shards up to and including each one
-        self.n_windows = int(counts.sum())
-        if self.n_windows == 0:
-            raise UserError(
-                f"{dataset.directory}: the {split} split has {int(sizes.sum()):,} tokens, fewer than one block of "
-                f"{block_size} + 1; prepare more text or lower --block_size"
-            )
+        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        windows = [int(counts[owners == i].sum()) for i in range(len(parts))]
+        self.mixture = Mixture(windows, repeats, seed)
+        self.n_windows = self.mixture.size  # of an epoch
+        for dataset, available, visits in zip(self.datasets, windows, self.mixture.visits, strict=True):
+            if not available:
+                tokens = dataset.splits[split]["tokens"]
+                raise UserError(
+                    f"{dataset.directory}: the {split} split has {tokens:,} tokens, fewer than one block of {block_size} + 1; "
+                    "prepare more text or lower --block_size"
+                )
+            if not visits:
+                raise UserError(f"{dataset.directory}: its weight leaves none of its {available:,} windows; give a larger one")
         self.weights = torch.full((batch_size // world_size, block_size), 1 / (batch_size * block_size))
         # Positions are computed for many steps at once, which saves time. Two blocks of steps are cached: the training loop and
         # the prefetching thread may be in different ones.
@@ -132,10 +146,8 @@ class WindowLoader:
     def _compute_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards and first tokens of the windows of steps_per_block steps, (steps, B) each."""
         size = self.steps_per_block * self.batch_size
-        windows = np.arange(block * size, (block + 1) * size).reshape(-1, self.batch_size)[:, self.part]
-        epochs, index = np.divmod(windows, self.n_windows)
-        for epoch in np.unique(epochs):
-            index[epochs == epoch] = permute(index[epochs == epoch], self.n_windows, self.seed, int(epoch))
+        positions = np.arange(block * size, (block + 1) * size).reshape(-1, self.batch_size)[:, self.part]
+        epochs, index = positions // self.n_windows, self.mixture.at(positions)
         shards = np.searchsorted(self.ends, index, side="right")
         index -= np.where(shards > 0, self.ends[shards - 1], 0)
         slack = self.slack[shards].astype(np.uint64)
@@ -146,36 +158,6 @@ class WindowLoader:
 def number_documents(ids: Tensor, start_token: int | None) -> Tensor | None:
     """doc_ids (B, T) of ids (B, T): the number of documents that have begun in the row. None without a start token."""
     return None if start_token is None else (ids == start_token).cumsum(1)
-
-
-def permute(index: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A random permutation of range(size), different for each seed and epoch, evaluated at `index` (N,). Nothing is stored.
-
-    Four rounds of a Feistel network over the next even power of two; values outside range(size) go through it again (cycle
-    walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    found = index.astype(np.uint64)
-    outside = np.arange(len(found))
-    while len(outside):
-        left, right = found[outside] >> np.uint64(half), found[outside] & np.uint64(mask)
-        for round_number in range(4):
-            left, right = right, left ^ (mix(seed, epoch, round_number, right) & np.uint64(mask))
-        found[outside] = left << np.uint64(half) | right
-        outside = outside[found[outside] >= size]
-    return found.astype(np.int64)
-
-
-def mix(*values: Any) -> Any:
-    """A 64-bit hash of integers, or of uint64 arrays elementwise (splitmix64; Steele, Lea and Flood 2014)."""
-    state: Any = 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state = state ^ state >> 31
-    return state
 
 
 class ValidationWindows:

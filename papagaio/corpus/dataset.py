@@ -7,7 +7,6 @@ dataset/
 """
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from papagaio.corpus.workers import processors
 from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, FileName, Manifest, Sha256, file_sha256, read_manifest, refuse_pickle, sync_and_close
 from papagaio.tokenizer import Tokenizer, load_tokenizer
@@ -106,8 +106,15 @@ class DatasetManifest(Manifest):
     vocab_size: int | None = None
     dtype: Literal["uint16", "uint32"]
     sources: list[str] = Field(default_factory=list)
-    made_from: str | None = None
+    val_sources: list[str] = Field(default_factory=list)  # --val_input
+    made_from: str | None = None  # hash of the content of the input and of the options
+    input_files: int = 0
+    input_bytes: int = 0
     empty_documents: int = 0
+    cut_documents: int = 0  # their ends are in val, the rest in train
+    documents_in_val_input: int = 0  # left out of train, because they are in --val_input too
+    left_out: dict[str, int] = Field(default_factory=dict)  # what was not read, by reason
+    replaced_characters: int = 0  # characters that became U+FFFD
     splits: Splits
 
 
@@ -129,6 +136,7 @@ class Dataset:
         if described.exists() and file_sha256(described) != self.manifest["tokenizer_sha256"]:
             raise UserError(f"{described}: the tokenizer is not the one the shards were made with; prepare the data again")
         self.tokenizer = load_tokenizer(directory / "tokenizer")
+        self._opened: dict[str, list[NDArray]] = {}
 
     @property
     def sha256(self) -> str:
@@ -137,11 +145,16 @@ class Dataset:
         return hashlib.sha256(" ".join([self.tokenizer.sha256, *shards]).encode()).hexdigest()
 
     def shards(self, split: str) -> list[NDArray]:
-        """The token ids of a split: a memory-mapped array per shard, each verified by its sha256."""
+        """The token ids of a split: a memory-mapped array per shard, each verified by its sha256 when first asked for."""
+        if split not in self._opened:
+            self._opened[split] = self._open_shards(split)
+        return self._opened[split]
+
+    def _open_shards(self, split: str) -> list[NDArray]:
         entries = self.splits[split]["shards"]
         paths = [self.directory / entry["file"] for entry in entries]
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
+            with ThreadPoolExecutor(processors()) as pool:  # hashing releases the GIL
                 hashes = list(pool.map(file_sha256, paths))
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; prepare the data again") from None

@@ -5,6 +5,7 @@ several workers share). The index is written last and makes the piece complete. 
 order they are made, and however often that is interrupted, the shards made from them are the same, byte for byte.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ from papagaio.corpus.dataset import token_dtype
 from papagaio.corpus.options import PrepareOptions, ReadingOptions
 from papagaio.corpus.plan import Task
 from papagaio.corpus.reading import leaves, read
+from papagaio.corpus.rows import COMPRESSED
 from papagaio.corpus.spans import Span
 from papagaio.corpus.split import TextHash, text_hash
-from papagaio.corpus.text import blocks_of
+from papagaio.corpus.text import blocks_of, detect_encoding
 from papagaio.corpus.workers import in_parallel
 from papagaio.errors import MachineError, UserError, located
-from papagaio.files import sync_and_close
+from papagaio.files import parse_json, printable, sync_and_close, write_whole
+from papagaio.report import Report
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, text_chunks
 
 INDEX = np.dtype([("digest", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("last", "?")])
@@ -57,7 +60,7 @@ def check_disk(work: Path, tasks: list[Task], tokenizer: Tokenizer, config: Prep
         per_byte = len(tokenizer.encode_array(beginning)) / max(1, len(beginning.encode()))
     except UserError:  # a worker will find it and name its place
         return
-    n_bytes = sum(span.size * (4 if span.path.lower().endswith((".gz", ".zst")) else 1) for task in tasks for span in task)
+    n_bytes = sum(span.size * (4 if span.path.lower().endswith(COMPRESSED) else 1) for task in tasks for span in task)
     # Pieces are deleted while they are copied to train shards; the val shards are written while all pieces exist.
     needed = n_bytes * per_byte * token_dtype(tokenizer).itemsize * (1.1 + config.val_fraction)
     free = shutil.disk_usage(work).free
@@ -70,6 +73,17 @@ def piece_paths(work: Path, number: int) -> tuple[Path, Path]:
     return work / "pieces" / f"{number:06d}.tokens", work / "pieces" / f"{number:06d}.npy"
 
 
+def piece_report(work: Path, number: int) -> tuple[Report, int]:
+    """What was left out of a piece, and how many characters of it are U+FFFD because they could not be decoded."""
+    path = piece_paths(work, number)[1].with_suffix(".json")
+    report = Report()
+    if not path.exists():  # nothing to report
+        return report, 0
+    found = parse_json(path.read_text(encoding="utf-8"), path)
+    report.counts, report.places = found["counts"], found["places"]
+    return report, found["replaced"]
+
+
 class PieceWriter:
     """Encodes spans into a piece, with a few megabytes in memory at a time."""
 
@@ -79,22 +93,27 @@ class PieceWriter:
         self.start = np.array([tokenizer.special[END_OF_TEXT]], self.dtype).tobytes()
         self.index: list[tuple[int, int, int, bool]] = []
         self.file = self.tokens_path.with_suffix(".tmp").open("wb")
+        self.report, self.replaced = Report(), 0
 
     def add(self, span: Span, config: ReadingOptions) -> None:
         """Encode the documents of a span. Raises UserError with the place of a text that cannot be read or encoded."""
-        self.path = span.path
+        self.path, self.replacing = span.path, config.errors == "replace"
         found = leaves(span, config)
         for leaf in found:
             fragments = list(read(leaf, config))
             self._begin(fragments[0].first)
             self._encode("".join(fragment.text for fragment in fragments))
             self._end(text_hash(b"".join(blocks_of(leaf.path, leaf.start, leaf.stop))), fragments[-1].last)
-        for text, first, last in [] if found else read(span, config):
+        for text, first, last in [] if found else read(span, config, self.report if config.skip_bad else None):
             if first:
                 self._begin()
             self._encode(text)
             if last:
                 self._end()
+        if config.encoding == "auto" and span.stop < 0 and span.kind != "parquet":
+            encoding = detect_encoding(span.path)
+            if encoding != "utf-8":
+                self.report.note(f"read as {encoding}", printable(span.path))
 
     def _begin(self, first: bool = True) -> None:
         self.offset, self.blank, self.hash, self.n_bytes, self.rest = self.file.tell(), True, TextHash(), 0, ""
@@ -104,6 +123,7 @@ class PieceWriter:
     def _encode(self, text: str) -> None:
         """Encode all complete chunks of the text so far; the last chunk may grow with the text that follows."""
         data = text.encode()
+        self.replaced += text.count("\ufffd") if self.replacing else 0
         self.hash.update(data)
         self.n_bytes += len(data)
         self.blank = self.blank and not text.strip()
@@ -126,6 +146,11 @@ class PieceWriter:
         self.file.write(ids.astype(self.dtype).tobytes())
 
     def finish(self) -> None:
+        path = self.index_path.with_suffix(".json")
+        path.unlink(missing_ok=True)
+        if self.report.counts or self.replaced:
+            found = {"counts": self.report.counts, "places": self.report.places, "replaced": self.replaced}
+            write_whole(path, json.dumps(found))
         sync_and_close(self.file)
         Path(self.file.name).rename(self.tokens_path)
         with self.index_path.with_suffix(".tmp").open("wb") as file:

@@ -1,5 +1,6 @@
 """Describes a dataset in words."""
 
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,42 @@ from papagaio.corpus.dataset import SPLITS, Dataset
 from papagaio.tokenizer import END_OF_TEXT, Tokenizer
 
 COMPARED = 2**22  # held-out tokens on which tokenizers are compared
+MANY_REPLACED = 0.001  # share of the text that may be U+FFFD without a warning
 
 
-def summary(manifest: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """Tokenizer, and the counts of both splits."""
-    lines = [f"{tokenizer.kind} tokenizer: {tokenizer.vocab_size:,} tokens"]
-    lines.append(f"empty documents left out: {manifest['empty_documents']:,}")
-    return "\n".join(lines + [f"{split}: {counts(manifest['splits'][split])}" for split in SPLITS])
+def summary(dataset: Dataset, said: Container[str] = ()) -> str:
+    """Tokenizer, what was left out apart from the reasons in `said`, and the counts of both splits."""
+    lines = [f"{dataset.tokenizer.kind} tokenizer: {dataset.tokenizer.vocab_size:,} tokens", *left_out(dataset.manifest, said)]
+    return "\n".join([*lines, held_out(dataset), *(f"{split}: {counts(dataset.splits[split])}" for split in SPLITS)])
+
+
+def left_out(manifest: dict[str, Any], said: Container[str] = ()) -> list[str]:
+    """What is not in the dataset, or not as it was in the input."""
+    lines = [f"empty documents left out: {manifest['empty_documents']:,}"]
+    if manifest["documents_in_val_input"]:
+        lines.append(f"left out of train, because --val_input has them too: {manifest['documents_in_val_input']:,} documents")
+    reasons = [f"{reason}: {count:,}" for reason, count in manifest["left_out"].items() if reason not in said]
+    return lines + reasons + replaced(manifest)
+
+
+def replaced(manifest: dict[str, Any]) -> list[str]:
+    """A warning if many characters became U+FFFD. The share is of the bytes of text: U+FFFD takes three."""
+    count, n_bytes = manifest["replaced_characters"], sum(split["bytes"] for split in manifest["splits"].values())
+    if 3 * count <= MANY_REPLACED * n_bytes:
+        return []
+    return [
+        f"warning: {count:,} characters ({3 * count / n_bytes:.1%} of the bytes) could not be decoded and are U+FFFD: "
+        "wrong --encoding? auto finds that of each file"
+    ]
+
+
+def held_out(dataset: Dataset) -> str:
+    """The share of the validation split, and how it was chosen."""
+    sizes = {split: dataset.splits[split]["bytes"] for split in SPLITS}
+    line = f"validation split: {sizes['val'] / max(1, sum(sizes.values())):.2%} of the bytes"
+    if cut := dataset.manifest["cut_documents"]:
+        line += f"; {cut:,} large {'document is' if cut == 1 else 'documents are'} cut, and the end is held out"
+    return line
 
 
 def counts(split: dict[str, Any]) -> str:
@@ -40,7 +70,10 @@ def inspection(dataset: Dataset) -> str:
     tokenizer, manifest = dataset.tokenizer, dataset.manifest
     lines = [
         f"made from {', '.join(manifest['sources'])}; empty documents left out: {manifest['empty_documents']:,}",
+        *left_out(manifest)[1:],
         f"{tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens, stored as {manifest['dtype']}",
+        *([f"validation text: {', '.join(manifest['val_sources'])}"] if manifest["val_sources"] else []),
+        held_out(dataset),
     ]
     for split in SPLITS:
         lines += ["", f"{split}: {counts(dataset.splits[split])}"]

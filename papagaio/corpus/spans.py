@@ -2,6 +2,9 @@
 
 from typing import Literal, NamedTuple
 
+from papagaio.errors import UserError
+from papagaio.files import printable
+
 LEAF_BYTES = 2**20  # a text file that is one document is cut into leaves of this size, each hashed and encoded by itself
 
 
@@ -12,7 +15,7 @@ class Span(NamedTuple):
     """
 
     path: str
-    kind: Literal["text", "jsonl", "parquet", "hub"]
+    kind: Literal["text", "jsonl", "json", "csv", "parquet", "hub"]
     start: int
     stop: int
     size: int
@@ -24,3 +27,14 @@ class Fragment(NamedTuple):
     text: str
     first: bool
     last: bool
+
+
+class BadInput(UserError):
+    """A file or a row that cannot be read. `reason` is the same for all that have the same fault."""
+
+    def __init__(self, place: str, reason: str, detail: str = "") -> None:
+        super().__init__(printable(place), reason, detail)  # all of them, so that a worker process can send it
+        self.place, self.reason, _ = self.args
+
+    def __str__(self) -> str:
+        return "{}: {}{}".format(*self.args)

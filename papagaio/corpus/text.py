@@ -4,8 +4,11 @@ Several workers may share a large file: each begins at the first boundary after 
 boundary after the end of it, so that no text is lost or read twice.
 """
 
+import bz2
 import codecs
+import functools
 import gzip
+import lzma
 import os
 import re
 import sys
@@ -14,24 +17,32 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, AnyStr
 
-from papagaio.corpus.spans import Fragment
-from papagaio.errors import UserError
+from papagaio.corpus.spans import BadInput, Fragment
+from papagaio.report import Report
 from papagaio.tokenizer import text_chunks
 
 BLOCK_BYTES = 2**20  # read at a time
 LONG_RECORD = 2**22  # characters; a longer line or document comes in several fragments
 SEPARATOR_BYTES = 1024  # longest separator between documents, not counting whitespace
+# Tried for --encoding auto. cp1252 contains the letters of Latin-1.
+ENCODINGS = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp850", "mac_roman", "koi8_r"]
+ENCODINGS += ["cp932", "euc_jp", "gb18030", "big5", "cp949"]
+SAMPLE_BYTES = 2**18  # from which an encoding is guessed
 
 
 def blocks_of(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """Bytes [start, stop) of a file (stop -1: to its end) in blocks; .gz and .zst files are decompressed.
+    """Bytes [start, stop) of a file (stop -1: to its end) in blocks; .gz, .zst, .bz2 and .xz files are decompressed.
 
-    Raises UserError for a damaged compressed file.
+    Raises BadInput for a damaged compressed file.
     """
     open_file: Callable[..., Any] = open
     damaged: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
     if path.lower().endswith(".gz"):
         open_file = gzip.open
+    elif path.lower().endswith(".bz2"):  # which raises OSError for damage, and so for nothing else after opening
+        open_file, damaged = bz2.open, (*damaged, OSError)
+    elif path.lower().endswith(".xz"):
+        open_file, damaged = lzma.open, (*damaged, lzma.LZMAError)
     elif path.lower().endswith(".zst"):
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -46,34 +57,85 @@ def blocks_of(path: str, start: int, stop: int) -> Iterator[bytes]:
                 left -= len(block)
                 yield block
     except damaged as error:
-        raise UserError(f"{path}: cut short or damaged: {error}") from None
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise BadInput(path, "cut short or damaged", f": {error}") from None
 
 
 def decoded(path: str, start: int, stop: int, encoding: str, errors: str) -> Iterator[str]:
-    """The text of a part of a file, in blocks. Raises UserError with the line of a byte that is not text."""
+    """The text of a part of a file, in blocks. Raises BadInput with the line of a byte that is not text.
+
+    With the error handler surrogateescape, `fault` finds the text that is wrong.
+    """
+    encoding = detect_encoding(path) if encoding == "auto" else encoding
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     position = start  # in the file, of the next byte to decode
     for block in chain(blocks_of(path, start, stop), [b""]):
         if position == 0 and codecs.lookup(encoding).name == "utf-8" and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(f"{path}:1: begins like UTF-16; --encoding utf-16 reads it")
+            raise BadInput(f"{path}:1", "begins like UTF-16", "; --encoding utf-16 reads it, and auto finds it for each file")
         place = position - len(decoder.getstate()[0])  # the decoder keeps the bytes of an incomplete character
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             place += error.start
-            cure = "give its --encoding, or use --errors replace"
-            raise UserError(f"{path}:{line_of(path, place)}: not {encoding} at byte {place}; {cure}") from None
+            cure = "; --encoding names another, auto finds it for each file, --errors replace puts U+FFFD"
+            raise BadInput(f"{path}:{line_of(path, place)}", f"not {encoding}", f" at byte {place}{cure}") from None
         if position == 0:
             text = text.removeprefix("\ufeff")  # a byte-order mark is not text
         if "\0" in text and errors == "strict":
             place += len(text[: text.index("\0")].encode(encoding))
-            raise UserError(
-                f"{path}:{line_of(path, place)}: a NUL byte. Not text? A pattern ('dir/**/*.txt') selects files; "
-                "or give its --encoding, or use --errors replace"
-            )
+            cure = ". Not text? --exclude and patterns ('dir/**/*.txt') select files. In another --encoding? auto finds it"
+            raise BadInput(f"{path}:{line_of(path, place)}", "a NUL byte", cure)
         position += len(block)
         if text:
-            yield text.replace("\0", "\ufffd")
+            yield text.replace("\0", "\ufffd") if errors == "replace" else text
+
+
+def fault(text: str) -> str:
+    """What is wrong with a text that was decoded with surrogateescape; "" if nothing is."""
+    if "\0" in text:
+        return "a NUL byte"
+    return "not in the --encoding" if not text.isascii() and re.search("[\ud800-\udfff]", text) else ""
+
+
+def detect_encoding(path: str) -> str:
+    """The encoding of a text file: UTF-16 by its byte-order mark, UTF-8 if all of it is, else charset-normalizer's guess.
+
+    Raises BadInput if there is none: the file is not text.
+    """
+    status = os.stat(path)
+    return _detect_encoding(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _detect_encoding(path: str, size: int, changed: int) -> str:
+    decoder, sample = codecs.getincrementaldecoder("utf-8")(), b""
+    for number, block in enumerate(chain(blocks_of(path, 0, -1), [b""])):
+        if number == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16"
+        if not sample:
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:  # its object begins with the bytes that the decoder has kept
+                sample = error.object[error.object.rfind(b"\n", 0, error.start) + 1 :]
+        elif len(sample) < SAMPLE_BYTES:
+            sample += block
+        else:
+            break
+    if not sample:
+        return "utf-8"
+    from charset_normalizer import from_bytes
+
+    # Much ASCII makes every encoding look like text: it is left out but for what precedes other characters in a line.
+    sample = b"\n".join(re.findall(rb"[\t -\x7f]{0,100}[\x80-\xff][^\n]*", sample)) + b"\n"
+    if len(sample) > SAMPLE_BYTES:  # whole lines, so that no character is cut
+        sample = sample[: sample.rfind(b"\n", 0, SAMPLE_BYTES) + 1] or sample[:SAMPLE_BYTES]
+    guesses = from_bytes(sample, cp_isolation=ENCODINGS)
+    # It often prefers cp1250 for Portuguese and English, where both encodings look like text; it rules cp1252 out for Polish.
+    names = [name for guess in guesses for name in guess.could_be_from_charset]
+    if not names:
+        raise BadInput(path, "text in no known encoding", "; give its --encoding, or --exclude it")
+    return "cp1252" if "cp1252" in names else guesses[0].encoding
 
 
 def line_of(path: str, position: int) -> int:
@@ -102,13 +164,34 @@ def split(blocks: Iterable[AnyStr], separator: AnyStr) -> Iterator[tuple[AnyStr,
     yield buffer, separator[:0]
 
 
-def records(blocks: Iterable[str], separator: str) -> Iterator[Fragment]:
-    """The texts between matches of a regular expression. A long one comes in several fragments."""
-    first = True
+def records(blocks: Iterable[str], separator: str) -> Iterator[tuple[int, Fragment]]:
+    """The texts between matches of a regular expression, and the number of line breaks before each.
+
+    A long text comes in several fragments.
+    """
+    first, line = True, 0
     for text, match in split(blocks, separator):
         if text or match or not first:  # nothing follows a separator at the very end
-            yield Fragment(text, first, match is not None)
+            yield line, Fragment(text, first, match is not None)
         first = match is not None
+        line += text.count("\n") + (match.count("\n") if match else 0)
+
+
+def without_faults(records: Iterable[tuple[int, Fragment]], place: Callable[[int], str], bad: Report) -> Iterator[Fragment]:
+    """The records without those in which `fault` finds something; they are noted in `bad`. `place` gives the place of a line.
+
+    Of a record that comes in several fragments, the fragments before the fault have been given already: the record ends there.
+    """
+    wrong = ""
+    for line, fragment in records:
+        if fragment.first:
+            wrong = ""
+        if not wrong and (wrong := fault(fragment.text)):
+            bad.note(f"left out, {wrong}", place(line))
+            if not fragment.first:
+                yield Fragment("", False, True)
+        if not wrong:
+            yield fragment
 
 
 def one_document(blocks: Iterable[str], first: bool, last: bool) -> Iterator[Fragment]:

@@ -1,5 +1,6 @@
 """Runs independent jobs in several processes, with a progress bar."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +18,19 @@ from tqdm import tqdm
 from papagaio.errors import MachineError
 
 Job = tuple[Callable[..., Any], *tuple[Any, ...]]  # a function and its arguments
+
+
+def processors() -> int:
+    """The processors that this process may use: its affinity mask's (taskset, Slurm), within its cgroup's limit (Docker)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        groups = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+        group = next(line.removeprefix("0::") for line in groups if line.startswith("0::"))  # cgroup v2
+        quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text(encoding="ascii").split()
+        count = max(1, min(count, int(quota) // int(period)))  # "max" is no number: no limit
+    return count
 
 
 def in_parallel(jobs: Sequence[Job], workers: int, sizes: Sequence[int] | None = None) -> Iterator[Any]:

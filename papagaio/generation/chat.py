@@ -8,7 +8,7 @@ for event in chat.ask("What is the currency of Brazil?"):
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,21 +101,34 @@ class Chat:
         yield self.reply
 
     def _prompt(self) -> tuple[list[int], str]:
-        """Token ids for the model to continue, and a notice. If they are too many, the oldest turns are left out."""
-        engine, notice = self.engine, ""
-        if not engine.is_chat:
-            ids = engine.encode(self.turns[-1].content)
-            over = len(ids) > engine.block_size
-            return ids, f"the text has {len(ids)} tokens; the model sees the last {engine.block_size}" if over else ""
-        room = min(self.sampling.max_new_tokens, engine.block_size // 4)  # for the answer
-        while len(ids := render_prompt(engine.tokenizer, self.messages(self.hidden))) + room > engine.block_size:
-            if self.hidden < len(self.turns) - 1:
-                self.hidden += 2
-                if not self.noticed:
-                    self.noticed, notice = True, FORGOTTEN
-            elif len(ids) < engine.block_size:
-                break
-            else:
-                needed = f"the question has {len(ids)} tokens, the model's context only {engine.block_size}"
-                raise UserError(f"{needed}: ask a shorter one")
-        return ids, notice
+        """Token ids for the model to continue, and a notice."""
+        ids, more = prompt_ids(self.engine, self.messages(self.hidden), self.sampling.max_new_tokens)
+        self.hidden += more
+        if not self.engine.is_chat and len(ids) > self.engine.block_size:
+            return ids, f"the text has {len(ids)} tokens; the model sees the last {self.engine.block_size}"
+        if more and not self.noticed:
+            self.noticed = True
+            return ids, FORGOTTEN
+        return ids, ""
+
+
+def prompt_ids(engine: Engine, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[int], int]:
+    """Token ids for the model to continue, and how many of the oldest turns were left out to have room for an answer.
+
+    A model that was not fine-tuned gets the last message alone. Raises UserError if the question does not fit into the context.
+    """
+    if not engine.is_chat:
+        return engine.encode(messages[-1].content), 0
+    system = [message for message in messages[:1] if message.role == "system"]
+    turns = messages[len(system) :]
+    room = min(max_new_tokens, engine.block_size // 4)
+    hidden = 0
+    while len(ids := render_prompt(engine.tokenizer, [*system, *turns[hidden:]])) + room > engine.block_size:
+        if hidden < len(turns) - 1:
+            hidden += 2
+        elif len(ids) < engine.block_size:
+            break
+        else:
+            needed = f"the question has {len(ids)} tokens, the model's context only {engine.block_size}"
+            raise UserError(f"{needed}: ask a shorter one")
+    return ids, hidden

@@ -17,8 +17,9 @@ CHUNK = 2048  # tokens of prompts, over all rows, that are read in one forward p
 class Row:
     """A request in progress: its tokens so far, its random numbers, and its text."""
 
-    def __init__(self, index: int, prompt: Sequence[int], seed: int, text: TextStream) -> None:
-        self.index, self.ids, self.prompt_length, self.text = index, list(prompt), len(prompt), text
+    def __init__(self, index: int, prompt: Sequence[int], seed: int, limit: int, text: TextStream) -> None:
+        """`limit`: the largest number of tokens after the prompt."""
+        self.index, self.ids, self.prompt_length, self.limit, self.text = index, list(prompt), len(prompt), limit, text
         self.random = random.Random(seed)
         self.finish: str | None = None
 

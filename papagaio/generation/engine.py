@@ -27,10 +27,11 @@ from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
 
 
 class Request(NamedTuple):
-    """A prompt of at least one token to complete, and the seed of its draws."""
+    """A prompt of at least one token to complete, the seed of its draws, and a limit of its own beside max_new_tokens."""
 
     prompt: Sequence[int]
     seed: int = 0
+    limit: int | None = None  # tokens
 
 
 class Step(NamedTuple):
@@ -115,7 +116,13 @@ class Engine:
             while True:
                 done = [i for i, row in enumerate(rows) if row.finish]
                 new = [
-                    Row(index, request.prompt[-self.block_size :], request.seed, TextStream(self.tokenizer, options.stop))
+                    Row(
+                        index,
+                        request.prompt[-self.block_size :],
+                        request.seed,
+                        min(request.limit or options.max_new_tokens, options.max_new_tokens),
+                        TextStream(self.tokenizer, options.stop),
+                    )
                     for index, request in itertools.islice(queue, batch_size - len(rows) + len(done))
                 ]
                 work = rows, done, new
@@ -124,9 +131,9 @@ class Engine:
                     return
                 for row, token in zip(rows, tokens, strict=True):
                     if row.finish is None:
-                        yield self._append(row, token, options, end)
+                        yield self._append(row, token, end)
 
-    def _append(self, row: Row, token: Token, options: SamplingOptions, end: Collection[int]) -> Step:
+    def _append(self, row: Row, token: Token, end: Collection[int]) -> Step:
         """Append a token to a row, and decide whether it is the last."""
         truncated = len(row.ids) > self.block_size
         row.ids.append(token.id)
@@ -135,18 +142,21 @@ class Engine:
             row.finish = "end"
         elif row.text.stopped:
             row.finish = "stop"
-        elif len(row.ids) - row.prompt_length == options.max_new_tokens:
+        elif len(row.ids) - row.prompt_length == row.limit:
             row.finish = "length"
         if row.finish:
             text += row.text.close()
         return Step(row.index, token, text, row.finish, truncated)
 
-    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end: int) -> list[list[int]]:
-        """The most probable continuation of each prompt, in one batch: up to max_new_tokens, or to `end`, which is included."""
-        options = SamplingOptions(temperature=0, max_new_tokens=max_new_tokens)
+    def greedy(self, prompts: Sequence[Sequence[int]], limits: int | Sequence[int], end: int) -> list[list[int]]:
+        """The most probable continuation of each prompt, in one batch: to `end`, which is included, or up to `limits` tokens, one
+        limit for all prompts or one each."""
+        limits = [limits] * len(prompts) if isinstance(limits, int) else limits
+        options = SamplingOptions(temperature=0, max_new_tokens=max(limits))
+        requests = [Request(prompt, limit=limit) for prompt, limit in zip(prompts, limits, strict=True)]
         found: list[list[int]] = [[] for _ in prompts]
         with runtime.autocast(self.device, self.dtype):  # around all steps: it keeps the weights that it casts until it ends
-            for step in self.complete(map(Request, prompts), options, batch_size=len(prompts), end={end}, banned=()):
+            for step in self.complete(requests, options, batch_size=len(prompts), end={end}, banned=()):
                 found[step.index].append(step.token.id)
         return found
 

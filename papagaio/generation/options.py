@@ -3,13 +3,19 @@
 import re
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from papagaio.options import Options, option
 
 model_option, sampling_option = partial(option, group="Model"), partial(option, group="Sampling")
+
+
+# Below the first temperature the most probable token would be drawn anyway, and logits / temperature could overflow; above the
+# second, so could the other way round.
+GREEDY_BELOW, HIGHEST_TEMPERATURE = 1e-5, 1e6
+LARGEST_BIAS = 10**9
 
 
 class ModelOptions(Options):
@@ -23,11 +29,20 @@ class ModelOptions(Options):
     compile: bool = model_option(False, "compile the step of one token (up to half a minute): for large models and long texts")
 
 
+def temperature_option(default: float) -> Any:
+    return sampling_option(
+        default,
+        "divides the logits; 0 (or below 1e-5): always the most probable token, 1: as trained",
+        ge=0,
+        le=HIGHEST_TEMPERATURE,
+    )
+
+
 class SamplingOptions(Options):
     """How the next token is drawn, and when a completion ends."""
 
     max_new_tokens: int = sampling_option(256, "longest completion, in tokens", ge=1)
-    temperature: float = sampling_option(0.8, "divides the logits; 0: always the most probable token, 1: as trained", ge=0)
+    temperature: float = temperature_option(0.8)
     top_k: int = sampling_option(0, "keep the k most probable tokens (0: off)", ge=0)
     top_p: float = sampling_option(1.0, "keep the most probable tokens that together reach this probability (1: off)", gt=0, le=1)
     min_p: float = sampling_option(0.0, "keep tokens at least this fraction as probable as the best one (0: off)", ge=0, le=1)
@@ -44,8 +59,25 @@ class SamplingOptions(Options):
         """logit_bias as {id: value}."""
         return {int(token): float(value) for token, value in (word.split("=") for word in self.logit_bias)}
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+    def hints(self) -> list[str]:
+        """What the user may have meant otherwise: `--stop '\\n'` is a backslash and an n."""
+        names = {r"\n": "a line break", r"\t": "a tab", r"\r": "a carriage return"}
+        return [
+            f"--stop '{text}' is searched for literally; {meaning} is $'{escape}' in the shell, \"{escape}\" in a TOML file"
+            for text in self.stop
+            for escape, meaning in names.items()
+            if escape in text
+        ]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not all(re.fullmatch(r"-?\d+=[-+]?\d+(\.\d+)?", word) for word in self.logit_bias):
             raise ValueError(f"logit_bias {' '.join(self.logit_bias)}: must be written ID=VALUE, as in 50256=-5")
+        if any(abs(value) > LARGEST_BIAS for value in self.biases.values()):
+            raise ValueError(f"logit_bias {' '.join(self.logit_bias)}: a VALUE must not exceed {LARGEST_BIAS:,}")
         return self

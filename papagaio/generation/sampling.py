@@ -100,13 +100,16 @@ class Sampler:
         return logits + self.bias
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[Token]:
-        """A token for each row. Raises MachineError if logits are not finite."""
+        """A token for each row. Raises MachineError if the model's logits are not finite, UserError if the options' changes make
+        them so."""
         raw = logits.float()
         logits = self.adjusted(raw, rows)
         largest, tokens = logits.max(-1)
         if not largest.isfinite().all():
-            raise MachineError("the model gave logits that are not finite")
-        if self.options.temperature > 0:
+            if not raw.max(-1).values.isfinite().all():
+                raise MachineError("the model gave logits that are not finite")
+            raise UserError("repetition_penalty, frequency_penalty or logit_bias rule out every token, or are too extreme")
+        if not self.options.greedy:
             uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
             tokens = draw(filtered(logits, self.options), uniform.to(raw.device))
         if self.top is None:

@@ -1,15 +1,17 @@
 """A run's directory: one process at a time writes to it, nothing is replaced unasked, and an interrupted run can go on.
 
-config.toml, metrics.jsonl, loss.png, checkpoints/      what a run writes
+config.toml, metrics.jsonl, loss.png, checkpoints/      what a run writes (and merged/, wandb_id, if asked for)
 checkpoints/last, checkpoints/best                      small text files with the name of a checkpoint beside them
 .lock                                                   locked by the process that trains, until it ends
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +20,49 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from papagaio.errors import MachineError, UserError
-from papagaio.files import SAVE_TENSORS, discard, read_text, refuse_pickle, write_whole
+from papagaio.files import SAVE_TENSORS, clear, discard, locked_file, read_text, refuse_pickle, remove, write_whole
 from papagaio.options import load_toml
 from papagaio.runs.checkpoint import ADAPTERS, Checkpoint, contents, read_checkpoint
 from papagaio.tokenizer import Tokenizer
+from papagaio.training.metrics import WANDB_ID
 from papagaio.training.optimizers import moment_bytes
 from papagaio.training.options import RunOptions
 from papagaio.training.progress import Identity, Progress
 
-RUN_FILES = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged")
+RUN_FILES = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged", WANDB_ID)
+
+
+def refuse_taken(config: RunOptions) -> None:
+    """Raises UserError if config.out_dir holds a run and neither --resume nor --overwrite is given, or if it leads nowhere.
+
+    Raises MachineError if nothing can be written there. Nothing is changed: scripts call it before long work.
+    """
+    out_dir, checkpoints = config.out_dir, config.out_dir / "checkpoints"
+    for path in (out_dir, checkpoints):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there; make that directory, or delete the link")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: a file, where a run needs a directory; name another --out_dir")
+    # An empty directory is no run: checkpoints/ may have been made as a link to a larger disk.
+    found = [name for name in RUN_FILES if (out_dir / name).is_file() or any((out_dir / name).glob("*"))]
+    if found and not (config.overwrite or config.resume):
+        raise UserError(f"{out_dir}: a run is there already; add --resume to continue it, or --overwrite to replace it")
+    if config.resume and "merged" in found and not steps_saved(checkpoints):
+        raise UserError(f"{out_dir}: no checkpoint to resume, but merged/ is there; --overwrite replaces the run")
+    for path in (checkpoints, next(path for path in (out_dir, *out_dir.parents) if path.exists())):
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+            raise MachineError(f"{path}: nothing can be written there; name another --out_dir")
 
 
 @contextmanager
 def locked(config: RunOptions) -> Iterator[None]:
     """Reserve config.out_dir for this process. Raises UserError, before anything is changed, if another process trains there, or
-    if it holds a run and neither --resume nor --overwrite is given."""
-    from filelock import FileLock, Timeout
-
-    if any((config.out_dir / name).exists() for name in RUN_FILES) and not (config.overwrite or config.resume):
-        raise UserError(f"{config.out_dir}: a run is there already; add --resume to continue it, or --overwrite to replace it")
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(config.out_dir / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"{config.out_dir}: another process is training there; wait for it, or name another --out_dir") from None
+    as `refuse_taken` does."""
+    refuse_taken(config)
+    out_dir = config.out_dir
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with locked_file(out_dir / ".lock", f"{out_dir}: another process is training there; wait for it, or name another --out_dir"):
+        yield
 
 
 def open_run(
@@ -57,17 +77,29 @@ def open_run(
         checkpoint.load_model(model)
         checkpoint.load_optimizers(model, optimizers)
     else:
+        if config.resume:
+            _begin_again(config.out_dir)
         for path in (config.out_dir / name for name in RUN_FILES):
-            discard(path) if path.is_dir() else path.unlink(missing_ok=True)
+            clear(path) if path.is_dir() else path.unlink(missing_ok=True)
     for directory in (config.out_dir, config.out_dir / "checkpoints"):
         for path in (*directory.glob(".*.tmp"), *directory.glob(".*.old")):  # left by a crash
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     refuse_full_disk(model, optimizers, config, progress.step)
     import tomli_w  # here, because generation does not need it
 
     options = config.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"}, exclude_none=True)
     write_whole(config.out_dir / "config.toml", tomli_w.dumps(options))
     return progress
+
+
+def _begin_again(out_dir: Path) -> None:
+    """Say that there is nothing to resume, and put aside the metrics of a run that ended before its first checkpoint."""
+    metrics, kept = out_dir / "metrics.jsonl", ""
+    if metrics.exists() and metrics.stat().st_size:
+        aside = next(path for i in count(1) if not (path := out_dir / f"metrics.before-{i}.jsonl").exists())
+        metrics.rename(aside)
+        kept = f"; metrics.jsonl is kept as {aside.name}"
+    print(f"{out_dir}: no checkpoint to resume, the run starts from the beginning{kept}", file=sys.stderr)
 
 
 def run_state(progress: Progress, identity: Identity, config: RunOptions) -> dict[str, Any]:
@@ -80,7 +112,7 @@ def _saved_progress(
     checkpoint: Checkpoint, model: nn.Module, tokenizer: Tokenizer, config: RunOptions, identity: Identity
 ) -> Progress:
     """The progress in a checkpoint of this run. Raises UserError, which names all differences, if it is another run's."""
-    state, wanted = checkpoint.state, run_state(Progress(), identity, config)
+    state, wanted = {"replay_sum": None} | checkpoint.state, run_state(Progress(), identity, config)  # which older runs lack
     try:
         if state.keys() != wanted.keys() or not isinstance(state["options"], dict):
             raise ValueError
@@ -107,7 +139,8 @@ def refuse_full_disk(model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     saves = 1 + (config.max_steps - step) // min(config.eval_interval, config.checkpoint_interval or config.eval_interval)
     present = len(steps_saved(config.out_dir / "checkpoints"))
     count = max(0, min(saves, config.keep + 1) - present) + 1  # the newest ones, the best, and one that is being written
-    free = shutil.disk_usage(config.out_dir).free
+    checkpoints = config.out_dir / "checkpoints"  # perhaps a link to another disk
+    free = shutil.disk_usage(checkpoints if checkpoints.exists() else config.out_dir).free
     if count * each > free:
         raise MachineError(
             f"{config.out_dir}: {count} more checkpoints of {each / 2**20:,.0f} MiB are to be there at once, and the disk has "
@@ -125,7 +158,7 @@ def prune(checkpoints: Path, step: int, keep: int) -> None:
     """Delete the checkpoints up to `step`, except for the `keep` newest and those that last and best name. Those beyond it are
     damaged ones that a resumed run has passed over; each stays until its step is saved again."""
     for left in checkpoints.glob(".*.old"):  # by an interrupted deletion
-        shutil.rmtree(left)
+        remove(left)
     files = (checkpoints / name for name in ("last", "best"))
     named = {path.read_text(encoding="utf-8").strip() for path in files if path.exists()}
     for old in [n for n in steps_saved(checkpoints) if n <= step][:-keep]:

@@ -7,10 +7,13 @@ What the user sets stays. Each choice comes with the reason, one line each.
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+from papagaio.corpus.workers import processors
 from papagaio.errors import UserError
 from papagaio.options import load_toml
 from papagaio.training.options import RunOptions
@@ -21,6 +24,7 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 TOKENS_PER_WEIGHT = 12
 # In minutes instead of hours a larger model that sees fewer tokens is the better one (LOG.md, 2026-11-23).
 LEAST_TOKENS_PER_WEIGHT = 1.5
+AGREEMENT, MOST_PROBES = 0.1, 5  # two measured speeds that differ by less agree; probes of a machine that is busy
 MAX_EPOCHS = 16  # a text that was read more often has little more to give (Muennighoff et al. 2023, arXiv:2305.16264)
 BUDGET_MARGIN = 0.8  # fraction of a budget for training steps; the rest is for evaluations, checkpoints and slower moments
 
@@ -28,6 +32,7 @@ BUDGET_MARGIN = 0.8  # fraction of a budget for training steps; the rest is for 
 class Choice(NamedTuple):
     values: dict[str, Any]  # options by name
     reasons: list[str]  # one line each
+    speed: float | None = None  # tokens per second, if it was measured
 
 
 def matrix_weights(depth: int, vocab_size: int) -> int:
@@ -52,8 +57,11 @@ CHOSEN = (  # what a dial chooses, and a resumed run keeps
 Measure = Callable[[dict[str, Any]], float]  # options by name -> tokens per second in training
 
 
-def complete(config: RunOptions, corpus: int, vocab_size: int, on_gpu: bool, tokens_per_second: Measure) -> Any:
-    """The options of train.py, completed by what --depth or --budget chooses; the choices are printed with the reasons.
+def complete(
+    config: RunOptions, corpus: int, vocab_size: int, on_gpu: bool, tokens_per_second: Measure
+) -> tuple[Any, float | None]:
+    """The options of train.py, completed by what --depth or --budget chooses; the choices are printed with the reasons. Also the
+    tokens per second that --budget has measured for them.
 
     A resumed run keeps the choices of its beginning. Raises UserError if they do not fit what the user has set.
     """
@@ -61,7 +69,7 @@ def complete(config: RunOptions, corpus: int, vocab_size: int, on_gpu: bool, tok
     saved = config.out_dir / "config.toml"
     if config.resume and saved.exists():
         _, chosen = load_toml(saved)
-        return config.with_defaults({key: chosen[key] for key in CHOSEN if key in chosen})
+        return config.with_defaults({key: chosen[key] for key in CHOSEN if key in chosen}), None
     if config.depth:
         choice = by_depth(config.depth, corpus, vocab_size, on_gpu, given)
     else:
@@ -69,7 +77,7 @@ def complete(config: RunOptions, corpus: int, vocab_size: int, on_gpu: bool, tok
         choice = by_budget(seconds, corpus, vocab_size, on_gpu, given, tokens_per_second)
     for line in choice.reasons:
         print(f"chosen: {line}", file=sys.stderr)
-    return config.with_defaults(choice.values)
+    return config.with_defaults(choice.values), choice.speed
 
 
 def by_depth(
@@ -115,11 +123,12 @@ def by_budget(
 
     Raises UserError if the time is too short even for the smallest model.
     """
-    best = None
+    best, busy = None, False
     for depth in [given["n_layer"]] if "n_layer" in given else DEPTHS:
         trial = by_depth(depth, corpus, vocab_size, on_gpu, given).values | given
         trial["batch_size"] = min(trial["batch_size"], 2 * trial["micro_batch_size"])  # enough to measure
-        speed = tokens_per_second(trial)
+        speed, steady = steady_speed(partial(tokens_per_second, trial))
+        busy = busy or not steady
         tokens = BUDGET_MARGIN * seconds * speed
         if best is not None and tokens < LEAST_TOKENS_PER_WEIGHT * matrix_weights(depth, vocab_size):
             break
@@ -131,6 +140,29 @@ def by_budget(
         f"the deepest of {', '.join(map(str, DEPTHS[:6]))} ... that sees {LEAST_TOKENS_PER_WEIGHT} tokens for each weight in "
         f"{seconds:g} s at {speed:,.0f} tokens/s",
     )
+    if notice := busy_notice(not busy):
+        choice.reasons.append(notice)
     if choice.values.get("max_steps", 1) < 1:
         raise UserError(f"--budget: {seconds:g} s is not enough for a step; give it minutes")
-    return choice
+    return choice._replace(speed=speed)
+
+
+def steady_speed(measure: Callable[[], float]) -> tuple[float, bool]:
+    """The highest measured speed, and whether it can be trusted: another measurement agrees with it. Other programs make a
+    machine slower and never faster, so the highest is nearest to the truth."""
+    speeds = [measure()]
+    while len(speeds) < MOST_PROBES:
+        speeds.append(measure())
+        second, first = sorted(speeds)[-2:]
+        if second >= (1 - AGREEMENT) * first:
+            return first, True
+    return max(speeds), False
+
+
+def busy_notice(steady: bool) -> str | None:
+    """What to say if other programs slow this machine down: its measured speed is not steady, or more threads are ready to run
+    than there are processors."""
+    load, count = os.getloadavg()[0], processors()
+    if steady and load <= count:
+        return None
+    return f"the machine is busy (load {load:.1f} on {count} processors): the run may take longer than its speed promises"

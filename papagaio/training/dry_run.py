@@ -1,6 +1,7 @@
 """The cost of a run before it starts: memory by parts, computed without allocating any; FLOPs, epochs and time."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from papagaio import kernels, runtime
 from papagaio.batches.windows import Loader, Objective
 from papagaio.errors import UserError
+from papagaio.training.dial import busy_notice, steady_speed
 from papagaio.training.optimizers import make_optimizers, moment_bytes
 from papagaio.training.options import RunOptions
 from papagaio.training.progress import Progress
@@ -23,9 +25,16 @@ MEASURED_TOKENS, MEASURED_FLOPS = 8192, 1.5e11  # of one measured micro-batch, a
 
 
 def dry_run(
-    make_model: MakeModel, loader: Loader, objective: Objective, config: RunOptions, device: torch.device, evaluation_tokens: int
+    make_model: MakeModel,
+    loader: Loader,
+    objective: Objective,
+    config: RunOptions,
+    device: torch.device,
+    evaluation_tokens: int,
+    speed: float | None = None,
 ) -> None:
-    """Print what a run would cost. `evaluation_tokens` is the length of one evaluation.
+    """Print what a run would cost. `evaluation_tokens` is the length of one evaluation; `speed` is in tokens per second, and is
+    measured until two measurements agree if it is not given.
 
     Raises UserError if the run does not fit into the memory that the device has left.
     """
@@ -46,7 +55,11 @@ def dry_run(
     total, flops = config.max_steps * tokens, model.flops_per_token()
     print(f"FLOPs: {flops:.3g} per token, {flops * total:.3g} in all")
     print(f"epochs: {loader.epochs(config.max_steps):.2f}, {total:,} tokens in all", flush=True)
-    seconds = seconds_per_step(make_model, loader, objective, config, device)
+    if speed is None:
+        speed, steady = steady_speed(lambda: tokens / seconds_per_step(make_model, loader, objective, config, device))
+        if notice := busy_notice(steady):
+            print(notice, file=sys.stderr)
+    seconds = tokens / speed
     evaluations = 1 + math.ceil(config.max_steps / config.eval_interval)
     evaluating = evaluations * evaluation_tokens * seconds / tokens / 3  # a forward pass is a third of a training step
     print(
@@ -116,10 +129,10 @@ def seconds_per_step(
     tokens = min(MEASURED_TOKENS, MEASURED_FLOPS / model.flops_per_token())
     piece = next(micro.split(max(1, int(tokens * len(micro.ids) / micro.ids.numel()))))
     if not part and piece.ids.numel() == _count_tokens(batches):
-        return min(timed(loader(number)) for number in range(3))
+        return min(timed(loader(number)) for number in range(2))  # the first call is slower
     vocab_size = model.config.vocab_size
     piece = piece._replace(ids=piece.ids % vocab_size, targets=piece.targets.where(piece.targets < 0, piece.targets % vocab_size))
-    once, twice = (min(timed([piece] * count) for _ in range(3)) for count in (1, 2))
+    once, twice = (min(timed([piece] * count) for _ in range(2)) for count in (1, 2))
     gradient = max(twice - once, once / 10)
     flops = whole.flops_per_token() * _count_tokens(batches) / (model.flops_per_token() * piece.ids.numel())
     return flops * gradient + max(once - gradient, 0) * whole_size / sum(p.numel() for p in model.parameters())

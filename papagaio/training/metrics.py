@@ -12,8 +12,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from papagaio.files import write_whole
 from papagaio.training.options import RunOptions
 from papagaio.training.progress import Progress
+
+WANDB_ID = "wandb_id"  # a small file in out_dir
 
 
 class RunLog:
@@ -22,8 +25,8 @@ class RunLog:
     On a terminal there is a bar, elsewhere lines on standard error. A line that a full disk refuses is written with a later one.
     """
 
-    def __init__(self, config: RunOptions, progress: Progress) -> None:
-        self.path = config.out_dir / "metrics.jsonl"
+    def __init__(self, config: RunOptions, progress: Progress, stage: str = "pretrain") -> None:
+        self.stage, self.path = stage, config.out_dir / "metrics.jsonl"
         kept = read_metrics(self.path)[: progress.metrics_lines]
         self.elapsed_before = kept[-1]["elapsed_seconds"] if kept else 0.0
         self.lines = len(kept)
@@ -35,7 +38,7 @@ class RunLog:
         self.interactive = sys.stderr.isatty()
         shown = {"unit": "step", "disable": not self.interactive, "dynamic_ncols": True}
         self.bar = tqdm(total=config.max_steps, initial=progress.step, **shown)
-        self.wandb = _start_wandb(config) if config.wandb != "off" else None
+        self.wandb = _start_wandb(config, resumed=progress.step > 0) if config.wandb != "off" else None
 
     def write(self, progress: Progress, **values: float) -> None:
         """One line: step, predicted tokens so far, seconds since the run began (earlier parts included), and these values."""
@@ -59,22 +62,22 @@ class RunLog:
         """The line of an evaluation, a warning of overfitting, and a text of the model; returns whether val_loss is the best."""
         self.write(progress, epoch=epoch, **measured)
         best = progress.note_evaluation(measured["val_loss"])
-        if notice := progress.overfitting_notice(measured["val_loss"], epoch):
+        if notice := progress.overfitting_notice(measured["val_loss"], epoch, self.stage):
             self.say(notice)
         if text:
             self.say("  | " + text.replace("\n", "\n  | "))
         return best
 
     def write_training(self, progress: Progress, flops_per_token: int, peak: float | None, **values: float) -> None:
-        """The line of the steps since the one before: train_loss, the finite ones of these values, tokens_per_second, and mfu if
-        `peak`, the device's FLOP/s, is known."""
-        progress.close_line()
+        """The line of the steps since the one before: their losses, those of these values that are finite, tokens_per_second, and
+        mfu if `peak`, the device's FLOP/s, is known."""
+        losses = progress.close_line()
         speed = self.measured_tokens / (time.perf_counter() - self.measured_from)
         self.measured_from, self.measured_tokens = time.perf_counter(), 0
         values = {key: value for key, value in values.items() if math.isfinite(value)} | {"tokens_per_second": speed}
         if peak:
             values["mfu"] = speed * flops_per_token / peak
-        self.write(progress, train_loss=progress.train_loss, **values)
+        self.write(progress, **losses, **values)
 
     def advance(self, tokens: int) -> None:
         """Count a step and the tokens that it computed, padding included."""
@@ -121,10 +124,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _start_wandb(config: RunOptions) -> Any:
+def _start_wandb(config: RunOptions, resumed: bool) -> Any:
+    """The run at Weights & Biases, which has the name of out_dir. A resumed run goes on in the one whose id is in WANDB_ID."""
     import wandb
 
-    # Numbers and choices: never a path, a name, or anything about the machine.
+    path = config.out_dir / WANDB_ID
+    known = {"id": path.read_text(encoding="utf-8").strip(), "resume": "allow"} if resumed and path.exists() else {}
+    # Numbers and choices: never a path, or anything about the machine.
     values = config.model_dump(mode="json", include=set(config.by_resume("same", "free")))
     settings = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_machine_info=True)
-    return wandb.init(project="papagaio", mode=config.wandb, dir=config.out_dir, config=values, settings=settings)
+    name = config.out_dir.resolve().name
+    place = {"project": "papagaio", "name": name, "mode": config.wandb, "dir": config.out_dir}
+    started = wandb.init(**place, **known, config=values, settings=settings)
+    write_whole(path, f"{started.id}\n")
+    return started

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from papagaio import kernels, runtime
-from papagaio.batches.windows import Objective, mix
+from papagaio.batches.mixture import mix
+from papagaio.batches.windows import Objective
 from papagaio.errors import MachineError, is_out_of_memory
 from papagaio.training.guard import Places, Say, accepts
 from papagaio.training.options import RunOptions
@@ -16,9 +17,9 @@ from papagaio.training.progress import Progress
 
 
 class Step(NamedTuple):
-    """What a training step returns: its loss in nats, and the norm of its gradient."""
+    """What a training step returns: the loss of each of its batches in nats, and the norm of its gradient."""
 
-    loss: float
+    losses: list[float]
     grad_norm: float
 
 
@@ -59,19 +60,19 @@ class TrainingStep:
     def __call__(self, batches: list[Any], places: Places = list) -> Step:
         """Raises MachineError if the loss or the gradient is not finite, or if memory runs out, unless the options say how to go
         on."""
-        loss = self.accumulate_gradients(batches)
+        losses = self.accumulate_gradients(batches)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
-        if accepts(loss, norm, self.scaler.get_scale(), self.progress, self.config, places, self.say):
+        if accepts(sum(losses), norm, self.scaler.get_scale(), self.progress, self.config, places, self.say):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        return Step(loss, norm)
+        return Step(losses, norm)
 
-    def accumulate_gradients(self, batches: list[Any]) -> float:
-        """Add up the gradients of all micro-batches in the parameters; returns the loss of the step.
+    def accumulate_gradients(self, batches: list[Any]) -> list[float]:
+        """Add up the gradients of all micro-batches in the parameters; returns the loss of each batch. Their sum is minimised.
 
         If memory runs out, the whole step is repeated with micro-batches of half the size, which progress keeps (with
         config.auto_microbatch), or MachineError names the option to lower.
@@ -81,14 +82,14 @@ class TrainingStep:
         while True:
             # Dropout depends on the seed and the step alone, so that a resumed run repeats it.
             torch.manual_seed(mix(self.config.seed, self.progress.step))
-            loss = torch.zeros((), device=self.device)
+            losses = torch.zeros(len(batches), device=self.device)
             try:
-                for micro in (micro for batch in batches for micro in batch.split(size)):
+                for number, micro in ((number, micro) for number, batch in enumerate(batches) for micro in batch.split(size)):
                     with runtime.autocast(self.device, self.dtype):
                         part = self.objective(self.model, micro.to(self.device))
                     self.scaler.scale(part).backward()
-                    loss += part.detach()
-                return float(loss)
+                    losses[number] += part.detach()
+                return losses.tolist()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
