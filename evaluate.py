@@ -32,6 +32,8 @@ class EvaluateOptions(Options):
     questions: tuple[Path, ...] = option((), "questions with answers, in the formats of finetune.py's --data", group="Measures")
     choices: tuple[Path, ...] = option((), 'multiple choice: {"question", "choices", "answer"}', group="Measures")
     shots_data: Path | None = option(None, "questions with answers to show a base model before each question", group="Measures")
+    encoding: str = option("utf-8", "encoding of the files of questions; auto: found for each file", group="Measures")
+    skip_bad: bool = option(False, "leave out questions that cannot be read, instead of stopping", group="Measures")
     shots: int = option(4, "how many of --shots_data to show; fewer if they do not fit the context", group="Measures", ge=0)
     show: int = option(0, "answers to print side by side", group="Output", ge=0)
     json_: Path | None = option(None, "write the results to this file as well", group="Output")
@@ -57,7 +59,7 @@ from model import GPT, GPTConfig
 from papagaio import kernels, runtime
 from papagaio.batches.choices import Choice
 from papagaio.batches.conversations import Conversation
-from papagaio.batches.questions import read_choices, read_conversations
+from papagaio.batches.questions import Reader
 from papagaio.batches.windows import Batch, ValidationWindows
 from papagaio.corpus.dataset import Dataset
 from papagaio.corpus.options import ReadingOptions
@@ -88,9 +90,12 @@ READING = ReadingOptions()  # texts are read as data/prepare.py reads them by de
 
 def main(config: EvaluateOptions) -> None:
     checkpoints = [open_checkpoint(path, config.base) for path in config.checkpoint]
-    questions = {path: read_conversations(path) for path in config.questions}
-    choices = {path: read_choices(path) for path in config.choices}
-    pool = read_conversations(config.shots_data) if config.shots_data else []
+    reader = Reader(config.encoding, config.skip_bad)
+    questions = {path: reader.conversations(path) for path in config.questions}
+    choices = {path: reader.choices(path) for path in config.choices}
+    pool = reader.conversations(config.shots_data) if config.shots_data else []
+    for line in reader.check().lines():
+        print(line, file=sys.stderr)
     texts = {name: open_text(name) for name in config.text}
     device = runtime.pick_device(config.device)
     columns: list[Column] = []

@@ -56,10 +56,10 @@ class FinetuneOptions(RunOptions):
         resume="content",
         min_length=1,
     )
-    encoding: str = _data("utf-8", "encoding of the files of questions; auto: found for each file")
-    skip_bad: bool = _data(False, "leave out rows that cannot be read, instead of stopping")
-    question_key: str | None = _data(None, "key of the question, if the rows have none of the known shapes")
-    answer_key: str | None = _data(None, "key of the answer, if the rows have none of the known shapes")
+    encoding: str = _data("utf-8", "encoding of the files of questions; auto: found for each file", resume="content")
+    skip_bad: bool = _data(False, "leave out rows that cannot be read, instead of stopping", resume="content")
+    question_key: str | None = _data(None, "key of the question, if the rows have no usual one", resume="content")
+    answer_key: str | None = _data(None, "key of the answer, if the rows have no usual one", resume="content")
     val_data: Path | None = _data(None, "questions for the validation loss (default: a part of --data)", resume="content")
     val_fraction: float = _data(0.05, "part of --data held out, without --val_data (0: none, measured on all)", ge=0, lt=1)
     test_data: tuple[Path, ...] = _data(
@@ -114,7 +114,6 @@ from papagaio.batches.preferences import Pair, PairLoader
 from papagaio.batches.prefetch import Prefetch
 from papagaio.batches.windows import ValidationWindows, WindowLoader, likelihood
 from papagaio.corpus.dataset import Dataset
-from papagaio.corpus.folders import find_files
 from papagaio.evaluation import answer_questions, endings, evaluate_loss, exact_match_line, exact_match_table
 from papagaio.generation.engine import Engine
 from papagaio.runs.checkpoint import Checkpoint, contents, model_maker, write_checkpoint
@@ -250,7 +249,7 @@ def read_data(
     Raises UserError if rows cannot be read, or if nothing is left to train on or to validate with.
     """
     sources = [parse_source(word) for word in config.data]
-    read = [[row for file in expand(source.name, reader.report) for row in reader.examples(file)] for source in sources]
+    read = [[row for file in reader.files(source.name) for row in reader.examples(file)] for source in sources]
     read_held_out = reader.examples(config.val_data) if config.val_data is not None else []
     report, known = reader.check(), set[str]()
 
@@ -292,9 +291,10 @@ def read_data(
         raise UserError(f"{report.first(Path(sources[0].name))}; nothing is left to train on in {', '.join(config.data)}")
     if not validation and not config.preview:
         where = report.first(config.val_data or Path(sources[0].name))
-        one = "; a single one cannot be both: --val_fraction 0 measures val_loss on it" if len(training) == 1 else ""
-        cure = one or ": name a --val_data file, or a larger --val_fraction"
-        raise UserError(f"{where}; no conversation is left to validate with{cure}")
+        cure = "name a --val_data file, or a larger --val_fraction"
+        if config.val_data is None and len(training) == 1:
+            cure = "the only one is trained on; --val_fraction 0 measures val_loss on it too, --val_data FILE on others"
+        raise UserError(f"{where}; no conversation is left to validate with: {cure}")
     if leaked := len(known & {conversation.key for conversation in test}):
         print(f"warning: {leaked:,} of the {len(test):,} --test_data questions are in --data with their answers", file=sys.stderr)
     used = [(part, source.weight) for part, source in zip(examples, sources, strict=True) if part]
@@ -303,11 +303,6 @@ def read_data(
         raise UserError(f"{config.data[0]}: the weights of the files leave nothing to train on; give larger ones")
     shown = [row if isinstance(row, Conversation) else Conversation(messages=[*row.messages, row.chosen]) for row in held_out]
     return Data(training, mixture, validation, shown)
-
-
-def expand(name: str, report: Report) -> list[str]:
-    """The files of questions that a name of --data stands for; a dataset of the hub stands for itself."""
-    return [name] if name.startswith("hf://") else find_files([name], report)
 
 
 def complete_options(config: FinetuneOptions, checkpoint: Checkpoint, data: Data) -> FinetuneOptions:

@@ -32,11 +32,12 @@ class Report:
         ]
 
     def first(self, path: Path) -> str:
-        """The first place in a file, with the reason; else the path. For the error that nothing of the file is left."""
+        """The first place in a file where something was left out, with the reason; else the path. For the error that nothing of
+        the file is left."""
         found = (
             f"{p}: {reason.removeprefix('dropped, ')}"
             for reason, places in self.places.items()
             for p in places
-            if p.startswith(f"{path}:")
+            if p.startswith(f"{path}:") and not reason.startswith("not read")
         )
         return next(found, str(path))

@@ -200,6 +200,17 @@ def test_checkpoints_of_other_tokenizers_keep_their_columns(world: Path, gpt: GP
     assert call(*command)[0] == 2, "nothing was measured"
 
 
+def test_what_is_left_out_of_the_questions_is_said(world: Path, tmp_path: Path, call: Call) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text('{"question": "Who?", "answer": "She.", "note": 1}\n{"question": "Who?"}\n')
+    command = ("evaluate", "--checkpoint", world / "chat", "--questions", path)
+    assert call(*command)[2].startswith(f"error: {path}:2: the keys question: none of the known shapes")
+    status, _, err = call(*command, "--skip_bad")
+    assert status == 0, err
+    assert "left out, the keys question: none of the known shapes of a row" in err
+    assert f'not read, key "note": 1 ({path}:1)' in err
+
+
 def test_two_checkpoints_side_by_side(world: Path, tmp_path: Path, call: Call) -> None:
     quiz, result = tmp_path / "quiz.jsonl", tmp_path / "result.json"
     rows = [json.loads(line) for line in (world / "qa_test.jsonl").read_text().splitlines()]

@@ -121,6 +121,19 @@ def test_a_split_of_a_hub_dataset_and_a_wrong_column(hub: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_questions_of_the_hub(hub: str, tmp_path: Path) -> None:
+    program = """
+from papagaio.batches.questions import Reader
+reader = Reader(question_key="body", answer_key="body")
+print([row.answer for name in reader.files("hf://someone/texts:test") for row in reader.examples(name)])
+"""
+    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.stdout == f"{[text for name, texts in TEXTS.items() for text in texts if 'test' in name]}\n", done.stderr
+
+
+@pytest.mark.slow
 def test_without_a_network_one_line_says_so(tmp_path: Path) -> None:
     done = prepare("http://127.0.0.1:9", tmp_path, "hf://someone/texts")
     assert done.returncode == 1

@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune import FinetuneOptions, read_data
 from papagaio.batches.conversations import Conversation
+from papagaio.batches.packing import encode
 from papagaio.batches.questions import Reader, hold_out, read_choices, read_conversations, read_examples, select
 from papagaio.errors import UserError
+from papagaio.generation.asking import read_questions
 from papagaio.report import Report
+from papagaio.tokenizer import ByteTokenizer
 
 Contents = list[list[tuple[str, str]]]
 PLAIN = [("user", "q"), ("assistant", "a")]
@@ -103,9 +107,14 @@ def turns(*roles: str) -> dict:
         (turns("user", "system", "assistant"), "take turns"),
         (turns("user", "robot"), "role: 'robot' is none of system, user and assistant"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts other than text"),
+        ({"question": "q", "answer": ["Paris", "paris"]}, "a list of texts, where one text is needed"),
+        ({"question": "q", "context": ["c"], "answer": "a"}, "context: .*string"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": 1}]}]}, "tool calls"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}, "weight: 0.5"),
         ({"system": "s"} | turns("system", "user", "assistant"), "take turns"),
         ({"question": "q", "answer": "a", "history": "no"}, "history must be a list"),
         ('{"question": "q", "answer": "a"},', "a comma follows the value"),
+        ('{"question": "q", "answer": "a",}', "a comma before a closing bracket"),
         ({"question": "q", "answer": "a", "weight": -1}, "weight: .*greater than 0"),
         ({"question": "q", "answer": "a", "weight": "2"}, "weight: .*number"),
         ('{"question": "q", "answer": "a", "weight": NaN}', "weight: .*(finite|greater)"),
@@ -223,6 +232,7 @@ def test_choices(tmp_path: Path) -> None:
         (row | {"choices": ["x", " "], "answer": 0}, "an empty choice"),
         (row, "question, choices and answer are needed"),
         (3, "question, choices and answer are needed"),
+        (row | {"choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answer": 1}, "ambiguous: .*by its label, or .*number"),
     ):
         with pytest.raises(UserError, match=rf"c\.jsonl:1: .*{message}"):
             read_choices(write(tmp_path / "c.jsonl", wrong))
@@ -254,6 +264,7 @@ ASKED = {"role": "user", "content": "q"}
         ({"input": "q", "output": "a"}, PLAIN),
         ({"instruction": "q", "context": "c", "response": "a", "category": "closed_qa"}, LONG),
         ({"question": "q", "context": "c", "answer": "a"}, LONG),
+        ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, [("user", "q\n\ni\n\nc"), ("assistant", "a")]),
         ({"instruction": "q", "input": None, "output": "a", "history": [["x", "y"]], "system": "s"},
          [("system", "s"), ("user", "x"), ("assistant", "y"), *PLAIN]),
         ({" Question": "q", "ANSWER ": "a"}, PLAIN),
@@ -267,11 +278,47 @@ def test_shapes_of_public_files(row: dict, expected: list, tmp_path: Path) -> No
     assert not reader.check().counts  # every key was read
 
 
+def test_a_question_without_an_answer_is_asked_as_it_is_learnt(tmp_path: Path) -> None:
+    row = {"instruction": "q", "input": "i", "context": "c", "system": "s"}
+    (learnt,) = read_conversations(write(tmp_path / "qa.jsonl", row | {"output": "a"}))
+    (asked,) = read_questions(write(tmp_path / "questions.jsonl", row))
+    assert asked.messages == learnt.messages[:-1]
+
+
 def test_keys_that_are_not_read_are_named_once(tmp_path: Path) -> None:
     rows = [{"question": str(i), "answer": "a", "Source": "web"} | ({"note": 1} if i < 2 else {}) for i in range(9)]
     reader = Reader()
     reader.conversations(write(tmp_path / "qa.jsonl", *rows))
     assert reader.check().counts == {'not read, key "Source"': 9, 'not read, key "note"': 2}
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"question": "q", "answer": "a", "kind": "k", "category": "c"}, ["category"]),  # which loses to kind
+        ({"question": "q", "answer": "a", "category": 3, "label": "geography"}, ["category", "label"]),
+        ({"question": "q", "answer": "a", "system": "s", "system_prompt": "t"}, ["system_prompt"]),
+        ({"question": "q", "answer": "a", "ANSWER": "b"}, ["ANSWER"]),
+        ({"question": "q", "answer": "a", "empty": "", "none": None}, []),
+        ({"prompt": "p", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ["prompt"]),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "thinking": "hm"}]},
+            ["messages: thinking"],
+        ),
+        (PAIR | {"id": 3, "score": 1.0, "language": "pt"}, ["id", "score", "language"]),
+    ],
+)
+def test_no_key_is_passed_over_in_silence(row: dict, unread: list[str], tmp_path: Path) -> None:
+    reader = Reader()
+    reader.examples(write(tmp_path / "qa.jsonl", row, row))
+    (tmp_path / "qa.csv").write_text("question,answer,answer\nq,a,b\n")
+    keys = ", ".join(f'"{key}"' for key in unread)
+    assert reader.check().counts == ({f"not read, key{'s' * (len(unread) > 1)} {keys}": 2} if unread else {})
+    assert [row.answer for row in reader.conversations(tmp_path / "qa.csv")] == ["a"]
+    assert reader.check().lines()[-1] == f'not read, key "answer (column 3)": 1 ({tmp_path}/qa.csv:2)'
 
 
 def test_rows_and_turns_that_are_not_to_be_learnt(tmp_path: Path) -> None:
@@ -287,6 +334,12 @@ def test_rows_and_turns_that_are_not_to_be_learnt(tmp_path: Path) -> None:
     good, talk = reader.conversations(write(tmp_path / "qa.jsonl", *rows))
     assert good.answer == "good"
     assert [message.supervised for message in talk.answers] == [False, True, False]
+    whole, silent = ({"messages": [turns[0], turns[1] | marks]} for marks in ({}, {"train": False}))
+    both = read_conversations(write(tmp_path / "both.jsonl", whole, silent))
+    report = Report()
+    assert select(both, report, set()) == both  # not duplicates: one of them teaches something
+    assert len(encode(both, ByteTokenizer(), 64, report)) == 1
+    assert report.lines() == [f"dropped, its answers are marked as not to be trained on: 1 ({tmp_path}/both.jsonl:2)"]
     assert reader.check().counts == {"left out, marked as a bad answer (label: false)": 1, "left out, weight 0": 1}
     (tmp_path / "qa.csv").write_text("prompt;completion;label\np;a;FALSE\np;b;true\n")
     assert [row.answer for row in Reader().conversations(tmp_path / "qa.csv")] == ["b"]
@@ -303,15 +356,26 @@ def test_all_bad_rows_are_in_one_message_or_left_out(tmp_path: Path) -> None:
         match=r"qa\.jsonl:2: .* \(and 6 more: .*qa\.jsonl:3, .*, \.\.\.\); .*qa\.jsonl:9: not JSON.*; .*x\.jsonl:1.*skip_bad",
     ):
         reader.check()
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"question": "q", "answer": "\xe9"}\n')  # spoils the file, but not the count
     lenient = Reader(skip_bad=True)
     assert len(lenient.conversations(path)) == 2
-    assert sorted(lenient.check().counts.values()) == [1, 7]
+    assert lenient.examples(latin) == []
+    assert sorted(lenient.check().counts.values()) == [1, 1, 7]
+    with pytest.raises(UserError, match=r"latin\.jsonl:1: not UTF-8 .*no questions are left in this file"):
+        lenient.conversations(latin)  # to measure with
 
 
 def test_question_and_answer_key(tmp_path: Path) -> None:
     path = write(tmp_path / "qa.jsonl", {"Frage": "q", "Antwort": "a"})
     (row,) = Reader(question_key="frage", answer_key="Antwort").conversations(path)
     assert [(m.role, m.content) for m in row.messages] == PLAIN
+    (row,) = Reader(answer_key="antwort").conversations(write(path, {"prompt": "q", "Antwort": "a"}))  # one of them is enough
+    assert [(m.role, m.content) for m in row.messages] == PLAIN
+    reader = Reader(question_key="frage")
+    reader.examples(write(path, {"question": "q", "answer": "a"}))
+    with pytest.raises(UserError, match="the keys question, answer: none with the names that --question_key"):
+        reader.check()
 
 
 @pytest.mark.parametrize(
@@ -324,6 +388,7 @@ def test_question_and_answer_key(tmp_path: Path) -> None:
         ("b.csv", b"question;answer\nq;a\n"),
         ("c.csv", b"answer\tquestion\r\na\tq\r\n"),
         ("d.csv", "question,answer\nq,a\n".encode("utf-16")),
+        ("e.csv", b'Question, Answer\nq, "a"\n'),
     ],
 )
 def test_formats_by_content(name: str, data: bytes, tmp_path: Path) -> None:
@@ -335,8 +400,13 @@ def test_encoding_of_questions(tmp_path: Path) -> None:
     (tmp_path / "qa.csv").write_bytes("question,answer\nOnde fica São Tomé?,na África\n".encode("latin-1"))
     (row,) = Reader(encoding="latin-1").conversations(tmp_path / "qa.csv")
     assert row.answer == "na África"
-    with pytest.raises(UserError, match="--encoding=no-such: no such encoding"):
-        Reader(encoding="no-such").conversations(tmp_path / "qa.csv")
+    write(tmp_path / "qa.jsonl", {"question": "q", "answer": "a"})
+    for name in ("qa.csv", "qa.jsonl"):
+        with pytest.raises(UserError, match="--encoding=no-such: no such encoding"):
+            Reader(encoding="no-such").conversations(tmp_path / name)
+    (tmp_path / "qa.jsonl").write_text('{"question": "q", "answer": "a"}\n', encoding="utf-16-le")
+    with pytest.raises(UserError, match=r"qa\.jsonl:1: every second byte is 0.*--encoding utf-16-le"):
+        read_conversations(tmp_path / "qa.jsonl")
 
 
 def test_preferences_as_public_files_have_them(tmp_path: Path) -> None:
@@ -347,11 +417,13 @@ def test_preferences_as_public_files_have_them(tmp_path: Path) -> None:
         {"prompt": "q", "chosen": good, "rejected": bad},  # UltraFeedback
         {"chosen": good, "rejected": bad},
         {"chosen": hh["good"], "rejected": hh["bad"]},  # HH-RLHF
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": good[1], "rejected": bad[1]},  # LLaMA-Factory
         {"system": "s", "prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"instruction": "q", "input": "i", "chosen": "good", "rejected": "bad"},
     ]
     found = read_examples(write(tmp_path / "p.jsonl", *rows))
-    assert [(row.chosen.content, row.rejected.content) for row in found] == [("good", "bad")] * 4
-    assert [[m.content for m in row.messages] for row in found] == [["q"]] * 3 + [["s", "q"]]
+    assert [(row.chosen.content, row.rejected.content) for row in found] == [("good", "bad")] * 6
+    assert [[m.content for m in row.messages] for row in found] == [["q"]] * 4 + [["s", "q"], ["q\n\ni"]]
     report = Report()
     same = read_examples(write(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "a", "rejected": "a"}))
     assert select(same, report, set()) == []
@@ -367,9 +439,54 @@ def test_choices_as_arc_has_them_and_answers_that_mean_two_things(tmp_path: Path
             "answerKey": "B",
         },
         {"question": "q", "choices": ["x", "y"], "answer": "b"},
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["B", "A"]}, "answerKey": "a"},
     ]
-    assert [row.right() for row in read_choices(write(tmp_path / "c.jsonl", *rows))] == [2, 1, 1]
+    assert [row.right() for row in read_choices(write(tmp_path / "c.jsonl", *rows))] == [2, 1, 1, 1]
     for choices, answer in ((["3", "4", "2", "1"], "2"), (["B", "x"], "B")):
         row = {"question": "q", "choices": choices, "answer": answer}
         with pytest.raises(UserError, match=rf"answer '{answer}' is ambiguous"):
             read_choices(write(tmp_path / "c.jsonl", row))
+
+
+def data(capsys: pytest.CaptureFixture[str], *names: str, **options: object) -> tuple[int, int, str]:
+    """The numbers of training and validation examples that finetune.py has, and what it prints."""
+    config = FinetuneOptions(init_from="base", out_dir="out", data=names, **options)
+    reader = Reader(config.encoding, config.skip_bad)
+    found = read_data(config, reader, ByteTokenizer(), 64, [])
+    return len(found.training), len(found.validation), capsys.readouterr().err
+
+
+def test_folders_and_patterns_of_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "a.jsonl", *({"question": str(i), "answer": "a"} for i in range(30)))
+    write(tmp_path / "more" / "b.json.txt", *({"question": str(i), "answer": "b"} for i in range(30)))
+    (tmp_path / "README.md").write_text("# Questions, and answers\n")
+    training, validation, err = data(capsys, f"{tmp_path}:2")
+    assert (training + validation, validation > 0) == (60, True)
+    assert f"passed over, no rows but text: 1 ({tmp_path}/README.md)" in err
+    assert data(capsys, f"{tmp_path}/more/*:0.5", val_fraction=0.0)[0] == 30
+    with pytest.raises(UserError, match=r"no questions in .*no rows but text: 1 \(.*README\.md\)"):
+        data(capsys, f"{tmp_path}/*.md")
+
+
+def test_few_questions_and_nothing_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "qa.jsonl", *({"question": q, "answer": "a"} for q in ("q", "r", "long" * 30)))
+    training, validation, err = data(capsys, str(path), val_fraction=0.0)
+    assert training == validation == 2
+    assert "2 conversations to train on, none held out (val_loss is of the training data)" in err
+    assert err.splitlines()[-1] == f"dropped, longer than the context of 64 tokens: 1 ({path}:3)"  # once
+    one = write(tmp_path / "one.jsonl", {"question": "q", "answer": "a"})
+    with pytest.raises(UserError, match="the only one is trained on; --val_fraction 0"):
+        data(capsys, str(one))
+    assert data(capsys, str(one), preview=1)[:2] == (1, 0)
+
+
+def test_pairs_that_teach_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "a" * 70 + "b", "rejected": "a" * 70}]
+    path = write(tmp_path / "p.jsonl", *pairs, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    training, _, err = data(capsys, str(path), val_fraction=0.0, too_long="truncate")
+    assert training == 1
+    assert f"dropped, chosen and rejected are the same: 1 ({path}:1)" in err
+    assert f"dropped, chosen and rejected are the same within the context: 1 ({path}:2)" in err
+    with pytest.raises(UserError, match=r"p\.jsonl:1: chosen and rejected are the same; nothing is left to train on"):
+        data(capsys, str(write(path, *pairs)), too_long="truncate")

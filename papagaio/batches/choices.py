@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from papagaio.batches.conversations import Strict
 from papagaio.batches.shapes import Fields, Problem, checked
 
+NEEDED = "question, choices and answer are needed"
+
 
 class Choice(Strict):
     """A multiple-choice question. `answer` is the right choice's text, number from 0, letter (A or a, ...) or label."""
@@ -29,13 +31,15 @@ class Choice(Strict):
     def right(self) -> int:
         """The number of the right choice, from 0. Raises ValueError if the answer is none of them, or means several."""
         count, answer = len(self.choices), self.answer
-        if self.labels and isinstance(answer, str) and answer in self.labels:
-            return self.labels.index(answer)
         meanings: dict[int, str] = {}
+        labelled = [i for i, label in enumerate(self.labels) if label == str(answer)]
+        labelled = labelled or [i for i, label in enumerate(self.labels) if label.lower() == str(answer).lower()]
+        if len(labelled) == 1:
+            meanings[labelled[0]] = "label"
         if isinstance(answer, int):
             if 0 <= answer < count:
-                meanings[answer] = "number"
-        else:
+                meanings.setdefault(answer, "number from 0")
+        elif not meanings:
             letter = ord(answer.upper()) - ord("A") if len(answer) == 1 and answer.isascii() and answer.isalpha() else -1
             text = self.choices.index(answer) if answer in self.choices else -1
             number = int(answer) if text >= 0 and answer.isascii() and answer.isdigit() and len(answer) < 4 else -1
@@ -45,7 +49,8 @@ class Choice(Strict):
                     meanings.setdefault(index, meaning)
         if len(meanings) > 1:
             found = ", or ".join(f"choice {index} by its {meaning}" for index, meaning in meanings.items())
-            raise ValueError(f"answer {answer!r} is ambiguous: {found}; give a JSON number, counted from 0")
+            cure = "the label as text" if self.labels else "a JSON number, counted from 0"
+            raise ValueError(f"answer {answer!r} is ambiguous: {found}; give {cure}")
         if not meanings:
             raise ValueError(f"answer {answer!r} is none of the {count} choices, nor the number or letter of one")
         return next(iter(meanings))
@@ -63,6 +68,5 @@ def multiple_choice(fields: Fields, place: str) -> Choice:
     elif isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
         labels, choices = ([choice.get(key) for choice in choices] for key in ("label", "text"))
     if question is None or choices is None or answer is None:
-        raise Problem("question, choices and answer are needed")
-    fields.take("kind", "category", "language")
+        raise Problem(NEEDED)
     return checked(Choice, {"question": question, "choices": choices, "answer": answer, "labels": labels}, place)

@@ -53,7 +53,7 @@ class Conversation(Strict):
 
     @property
     def key(self) -> str:
-        """Equal for conversations with the same roles and contents."""
+        """Equal for conversations with the same roles, contents and supervised answers."""
         return _key(self.messages)
 
     @property
@@ -97,7 +97,8 @@ class Preference(Strict):
 
 
 def _key(messages: Iterable[Message]) -> str:
-    return "\0".join(f"{message.role}\0{message.content}" for message in messages)
+    """Hashed to decide what is held out (questions.hold_out), so it stays as it is for answers that are all supervised."""
+    return "\0".join(f"{each.role}\0{each.content}" + "\0not supervised" * (not each.supervised) for each in messages)
 
 
 def check_turns(messages: Sequence[Message], last: str) -> None:

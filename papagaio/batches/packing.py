@@ -57,12 +57,15 @@ def encode(
     for conversation in conversations:
         with located(conversation.place):  # for characters that are not in the tokenizer's vocabulary
             ids, supervised = render(tokenizer, conversation.messages, train_on)
+        if not any(supervised):
+            report.note("dropped, its answers are marked as not to be trained on", conversation.place)
+            continue
         if len(ids) > block_size + 1:
             if too_long == "drop":
                 report.note(f"dropped, longer than the context of {block_size} tokens", conversation.place)
                 continue
             ids, supervised = ids[: block_size + 1], supervised[: block_size + 1]
-        if not any(supervised):  # all that is supervised was cut off, or the row says that nothing is
+        if not any(supervised):  # all that is supervised was cut off
             report.note(f"dropped, no room for an answer in the context of {block_size} tokens", conversation.place)
             continue
         examples.append(Example(np.array(ids, np.uint32), np.array(supervised), conversation.weight, conversation.place))

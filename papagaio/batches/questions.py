@@ -3,61 +3,81 @@
 papagaio/batches/shapes.py has the shapes of the rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from papagaio.batches.choices import Choice, multiple_choice
+from papagaio.batches.choices import NEEDED, Choice, multiple_choice
 from papagaio.batches.conversations import Conversation, Preference
-from papagaio.batches.shapes import SHAPES, Dropped, Fields, Problem, conversation_or_preference
-from papagaio.corpus.rows import Row, read_rows
+from papagaio.batches.shapes import KNOWN, PAIRS, Dropped, Fields, Problem, conversation_or_preference, plain_name
+from papagaio.corpus.folders import find_files
+from papagaio.corpus.rows import Row, detect_format, read_rows
+from papagaio.corpus.spans import BadInput
 from papagaio.corpus.split import held_out_below, text_hash
-from papagaio.errors import UserError
+from papagaio.errors import MachineError, UserError
+from papagaio.files import printable
 from papagaio.report import Report
 
-RowT = TypeVar("RowT", Conversation, Preference)
+RowT = TypeVar("RowT", Conversation, Preference, Choice)
 
 
 class Reader:
-    """Reads files of questions. What is left out, and keys that are not read, are counted in `report`; rows that cannot be read
-    in `bad`, of which `check` makes one error, unless `skip_bad`."""
+    """Reads files of questions. What is left out is counted in `report`, keys that are not read in `unread`, and rows that cannot
+    be read in `bad`, of which `check` makes one error, unless `skip_bad`. `encoding` may be "auto"."""
 
     def __init__(
         self, encoding: str = "utf-8", skip_bad: bool = False, question_key: str | None = None, answer_key: str | None = None
     ) -> None:
         self.encoding, self.skip_bad = encoding, skip_bad
-        self.keys = (question_key or "question").strip().lower(), (answer_key or "answer").strip().lower()
-        self.named = bool(question_key or answer_key)
-        self.report, self.bad = Report(), Report()
+        self.named = ()  # pairs of keys of question and answer; one of them may have a usual name
+        if question_key or answer_key:
+            named = [(plain_name(question_key or q), plain_name(answer_key or a)) for q, a in PAIRS]
+            self.named = tuple(dict.fromkeys(named))
+        self.report, self.unread, self.bad = Report(), Report(), Report()
+
+    def files(self, name: str) -> list[str]:
+        """The files of questions that a name stands for: a file, the tables of a directory or pattern, or hf://NAME itself."""
+        found = find_files([name], self.report, encoding=self.encoding)
+        if found == [name]:
+            return found
+        tables = [file for file in found if self._is_table(file)]
+        for file in (file for file in found if file not in set(tables)):
+            self.report.note("passed over, no rows but text", printable(file))
+        if not tables:
+            raise UserError(f"{name}: no questions in .jsonl, .json, .csv or .parquet files ({'; '.join(self.report.lines())})")
+        return tables
+
+    def _is_table(self, file: str) -> bool:
+        try:
+            return detect_format(file, self.encoding) is not None
+        except BadInput:  # `examples` counts it
+            return True
 
     def examples(self, path: str | Path) -> list[Conversation] | list[Preference]:
-        """All rows of a file, which must be of one kind."""
-        rows = [row for row in self._rows(path, self._example) if row is not None]
+        """All rows of a file, which must be of one kind. None if all are bad or left out, as `report` says."""
+        make = partial(conversation_or_preference, named=self.named)
+        rows = self._rows(path, make, "questions and answers", f"none of the {KNOWN}")
         for row in rows:
             if type(row) is not type(rows[0]):
                 kinds = "rows with one answer and rows with chosen and rejected answers"
                 raise UserError(f"{row.place}: {kinds} need files of their own")
-        if not rows and not self.bad.counts:
-            raise UserError(f"{path}: no questions and answers in this file")
         return rows
 
     def conversations(self, path: str | Path) -> list[Conversation]:
         """All conversations of a file. Raises UserError for preferences."""
-        rows = self.examples(path)
+        rows = self._some(path, self.examples(path))
         if rows and not isinstance(rows[0], Conversation):
             raise UserError(f"{rows[0].place}: a row with chosen and rejected answers; rows with one answer are needed here")
         return rows
 
     def choices(self, path: str | Path) -> list[Choice]:
         """All multiple-choice questions of a file."""
-        rows = list(self._rows(path, self._choice))
-        if not rows and not self.bad.counts:
-            raise UserError(f"{path}: no questions with choices in this file")
-        return rows
+        return self._some(path, self._rows(path, multiple_choice, "questions with choices", NEEDED))
 
     def check(self) -> Report:
-        """The report. Raises UserError that names all kinds of bad rows of the files so far, with their first places; with
-        skip_bad they are in the report instead."""
+        """The report, with one line for all keys that the same rows have and that were not read. Raises UserError that names all
+        kinds of bad rows of the files so far, with their first places; with skip_bad they are in the report instead."""
         bad = self.bad
         if bad.counts and not self.skip_bad:
             parts = []
@@ -70,46 +90,63 @@ class Reader:
         for reason, count in bad.counts.items():
             for i, place in enumerate(bad.places[reason]):
                 self.report.note(f"left out, {reason}", place, count - len(bad.places[reason]) + 1 if i == 0 else 1)
-        self.bad = Report()
+        together: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+        for key, count in self.unread.counts.items():
+            together.setdefault((count, tuple(self.unread.places[key])), []).append(f'"{key}"')
+        for (count, places), keys in together.items():
+            reason = f"not read, key{'s' * (len(keys) > 1)} {', '.join(keys)}"
+            self.report.counts[reason], self.report.places[reason] = count, list(places)
+        self.unread, self.bad = Report(), Report()
         return self.report
 
-    def _rows(self, path: str | Path, make: Any) -> Iterator[Any]:
-        for row in hub_rows(str(path)) if str(path).startswith("hf://") else read_rows(str(path), self.encoding):
-            place, _, error, _ = row
-            try:
-                if error:
-                    raise Problem(error)
-                yield make(row)
-            except Dropped as reason:
-                self.report.note(f"left out, {reason}", place)
-            except Problem as reason:
-                self.bad.note(str(reason), place)
+    def _rows(self, path: str | Path, make: Callable[[Fields, str], RowT], what: str, needed: str) -> list[RowT]:
+        """What `make` makes of the rows of a file. Rows that are no objects are bad: `needed` says what would be right.
 
-    def _example(self, row: Row) -> Conversation | Preference:
-        if not isinstance(row.value, dict):
-            raise Problem(f"not an object with keys: none of the known shapes of a row: {SHAPES}")
-        fields = Fields(row.value, row.typed)
-        example = conversation_or_preference(fields, row.place, self.keys, self.named)
-        for key in fields.unread():
-            self.report.note(f'not read, key "{key}"', row.place)
-        return example
+        Raises UserError if the file has no rows at all; its message calls them `what`.
+        """
+        found, empty = [], True
+        try:
+            for row in hub_rows(str(path)) if str(path).startswith("hf://") else read_rows(str(path), self.encoding):
+                empty = False
+                try:
+                    if row.error or not isinstance(row.value, dict):
+                        raise Problem(row.error or f"not an object with keys: {needed}")
+                    fields = Fields(row.value, row.typed)
+                    found.append(make(fields, row.place))
+                    for key in fields.unread():
+                        self.unread.note(key, row.place)
+                except Dropped as reason:
+                    self.report.note(f"left out, {reason}", row.place)
+                except Problem as reason:
+                    self.bad.note(str(reason), row.place)
+        except BadInput as error:  # of the file as a whole
+            empty = False
+            self.bad.note(str(error).removeprefix(f"{error.place}: "), error.place)
+        if empty:
+            raise UserError(f"{path}: no {what} in this file")
+        return found
 
-    def _choice(self, row: Row) -> Choice:
-        if not isinstance(row.value, dict):
-            raise Problem("question, choices and answer are needed")
-        fields = Fields(row.value, row.typed)
-        choice = multiple_choice(fields, row.place)
-        for key in fields.unread():
-            self.report.note(f'not read, key "{key}"', row.place)
-        return choice
+    def _some(self, path: str | Path, rows: list[RowT]) -> list[RowT]:
+        """The rows of a file that must have some. Raises UserError if all of them are left out."""
+        if not rows and (self.skip_bad or not self.bad.counts):
+            reports = (self.bad, self.report)
+            first = next((first for report in reports if (first := report.first(Path(path))) != str(path)), str(path))
+            raise UserError(f"{first}; no questions are left in this file")
+        return rows
 
 
 def hub_rows(name: str) -> Iterator[Row]:
-    """The rows of a dataset of the Hugging Face hub, hf://NAME[:CONFIG][:SPLIT]."""
+    """The rows of a dataset of the Hugging Face hub, hf://NAME[:CONFIG][:SPLIT]. Raises MachineError if the hub goes away."""
+    import httpx
+
     from papagaio.corpus.tables import hub_dataset
 
-    for number, value in enumerate(hub_dataset(name), 1):
-        yield Row(f"{name}:row {number}", {key: each for key, each in value.items() if each is not None})
+    dataset = hub_dataset(name)
+    try:
+        for number, value in enumerate(dataset, 1):
+            yield Row(f"{name}:row {number}", {key: each for key, each in value.items() if each is not None})
+    except (ConnectionError, TimeoutError, httpx.TransportError) as error:
+        raise MachineError(f"{name}: the hub cannot be reached any more ({type(error).__name__}); run it again") from None
 
 
 def read_conversations(path: Path) -> list[Conversation]:

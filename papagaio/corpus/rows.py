@@ -52,8 +52,7 @@ def detect_format(path: str, encoding: str = "utf-8") -> RowFormat | None:
     suffix = uncompressed_suffix(path)
     if suffix in (".csv", ".tsv"):
         return "csv"
-    found = byte_order_mark(head)
-    text = head.decode(found or ("utf-8" if encoding == "auto" else encoding), errors="ignore").lstrip()
+    text = decode(head, "utf-8" if encoding == "auto" else encoding, "ignore").lstrip()
     if re.match(r"\[\s*[\[{\"\]]", text) and (suffix in (".json", ".jsonl", ".ndjson") or begins_with_object(text[1:])):
         return "json"  # and not a text that begins with [[a link]] or ["a quotation"]
     if re.match(r"\{\s*[\"}]", text):
@@ -63,7 +62,7 @@ def detect_format(path: str, encoding: str = "utf-8") -> RowFormat | None:
             if len(head) >= HEAD_BYTES or suffix in (".json", ".jsonl", ".ndjson"):
                 return "json" if re.match(r"\{\s*\n", text) else "jsonl"
             return None
-        return "json" if "\n" in text[:end] or text[end:].split("\n")[0].strip(" \t\r,") else "jsonl"
+        return "json" if "\n" in text[:end] or re.match(r"[ \t,]*\{", text[end:]) else "jsonl"  # several lines, several in one
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}.get(suffix)
 
 
@@ -111,15 +110,23 @@ def read_whole(path: str, encoding: str, errors: str = "strict") -> str:
         from papagaio.corpus.text import detect_encoding
 
         encoding = detect_encoding(path)
-    encoding = byte_order_mark(data) or encoding
     try:
-        return data.decode(encoding, errors)
+        text = decode(data, encoding, errors)
     except UnicodeDecodeError as error:
         start = data.rfind(b"\n", 0, error.start) + 1
         line = data.count(b"\n", 0, error.start) + 1
-        name = {"utf-8-sig": "UTF-8", "utf-8": "UTF-8"}.get(encoding, encoding)
+        name = encoding.upper() if encoding.lower().startswith("utf") else encoding
         cure = "--encoding names another, auto finds it"
         raise BadInput(f"{path}:{line}", f"not {name}", f" at byte {error.start - start} of the line; {cure}") from None
+    if text[:1024].count("\0") * 3 > len(text[:1024]):
+        raise BadInput(f"{path}:1", "every second byte is 0", ", as in UTF-16; --encoding utf-16-le or utf-16-be reads it")
+    return text
+
+
+def decode(data: bytes, encoding: str, errors: str) -> str:
+    """Bytes as text; a byte-order mark tells another encoding. Raises UserError for an encoding that does not exist."""
+    try:
+        return data.decode(byte_order_mark(data) or encoding, errors)
     except LookupError:
         raise UserError(f"--encoding={encoding}: no such encoding; utf-8, utf-16, latin-1 and auto are common ones") from None
 
@@ -132,6 +139,8 @@ def json_row(line: str, place: str) -> Row:
         problem = str(error).removeprefix(": ")
         if re.search(r"[}\]]\s*,\s*$", line):
             problem += "; a comma follows the value, and JSON lines have none between them"
+        elif re.search(r",\s*[}\]]", line):
+            problem += ", perhaps a comma before a closing bracket"
         return Row(place, None, problem)
 
 
@@ -165,12 +174,14 @@ def json_values(path: str, text: str) -> Iterator[Row]:
 def csv_rows(path: str, text: str) -> Iterator[Row]:
     """The rows of a table whose first line names the columns, which a comma, semicolon or tab separates."""
     csv.field_size_limit(2**24)
-    header = text.split("\n", 1)[0]
-    delimiter = max(DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = re.sub('"[^"]*"', "", text.split("\n", 1)[0])
+    delimiter = max(DELIMITERS, key=header.count)
+    spaced = f"{delimiter} " in header  # `Question, Answer`: the cells have a blank before them, too
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     line = 1  # on which the row begins that is read next
     try:
         columns = next(reader, [])
+        columns = [name if name not in columns[:i] else f"{name} (column {i + 1})" for i, name in enumerate(columns)]
         line = reader.line_num + 1
         for cells in reader:
             place, line = f"{path}:{line}", reader.line_num + 1

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from papagaio.batches.conversations import Message, check_turns
-from papagaio.batches.shapes import Fields, messages_of, opening_messages, text_of
+from papagaio.batches.shapes import Fields, messages_of, opening_messages, text_of, with_context
 from papagaio.corpus.rows import Row, detect_format, read_rows, read_whole
 from papagaio.errors import UserError
 from papagaio.files import parse_json
@@ -88,15 +88,14 @@ def _question(row: Row, system: str) -> Question:
     try:
         opening = opening_messages(fields)
         if "messages" in fields or "conversations" in fields:
-            found = opening + messages_of(fields.take("messages", "conversations"), "messages")
+            found = opening + messages_of(fields, fields.take("messages", "conversations"), "messages")
         else:
             name = next((key for key in ASKED if key in fields), None)
             if name is None:
                 keys = ", ".join(map(str, row.value)) or "none"
                 raise ValueError(f"the keys are {keys}; a question, prompt, instruction or messages are needed")
-            text, more = text_of(fields.take(name)), fields.take(*{"input", "context"} - {name}, default="")
-            joined = f"{text}\n\n{more}" if isinstance(more, str) and more.strip() else text
-            found = [*opening, {"role": "user", "content": joined}]
+            text = with_context(fields, text_of(fields.take(name)), (name,))
+            found = [*opening, {"role": "user", "content": text}]
         turns = [Message(**message) for message in found]
         if turns and turns[-1].role == "assistant":
             echo["reference"] = turns.pop().content
