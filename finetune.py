@@ -10,7 +10,6 @@ The loss is on the assistant's tokens and the end token after them; for rows of 
 has never seen.
 """
 
-import glob
 import math
 import random
 import shlex
@@ -20,12 +19,13 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import model_validator
 
-from papagaio.batches.mixture import Mixture, parse_source
-from papagaio.batches.questions import Reader, hold_out, select
+from papagaio.batches.mixture import parse_source
+from papagaio.batches.options import QuestionOptions
+from papagaio.batches.questions import Reader
 from papagaio.errors import UserError, run
 from papagaio.options import load_toml, option, parse
 from papagaio.report import Report
@@ -42,37 +42,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 REPLAY_EVAL_TOKENS = 16384  # of each evaluation of replayed text, without --eval_tokens: a run on sixty questions takes seconds
 EPOCHS, LEAST_STEPS = 3, 150  # default of max_steps: a small model needs some steps to learn the template
 MUCH_FORGOTTEN = 0.1  # rise of the bits per byte of pretraining text that is warned of
-_data, _replay = partial(option, group="Data"), partial(option, group="Replay")
-_train, _lora = partial(option, group="What is trained"), partial(option, group="LoRA")
+_replay, _lora = partial(option, group="Replay"), partial(option, group="LoRA")
+_train = partial(option, group="What is trained")
 
 
-class FinetuneOptions(RunOptions):
+class FinetuneOptions(RunOptions, QuestionOptions):
     """Options of finetune.py."""
 
     init_from: Path = option(..., "checkpoint to start from: a run, or a checkpoint directory", group="Run", resume="content")
-    data: tuple[str, ...] = _data(
-        ...,
-        "files of questions (JSON, CSV, Parquet), directories, patterns, hf://NAME; FILE:2: each row twice an epoch",
-        resume="content",
-        min_length=1,
-    )
-    encoding: str = _data("utf-8", "encoding of the files of questions; auto: found for each file", resume="content")
-    skip_bad: bool = _data(False, "leave out rows that cannot be read, instead of stopping", resume="content")
-    question_key: str | None = _data(None, "key of the question, if the rows have no usual one", resume="content")
-    answer_key: str | None = _data(None, "key of the answer, if the rows have no usual one", resume="content")
-    val_data: Path | None = _data(None, "questions for the validation loss (default: a part of --data)", resume="content")
-    val_fraction: float = _data(0.05, "part of --data held out, without --val_data (0: none, measured on all)", ge=0, lt=1)
-    test_data: tuple[Path, ...] = _data(
-        (), "files of questions asked at the end: exact match of greedy answers, a table each", resume="content"
-    )
-    control_data: Path | None = _data(None, "questions that pretraining left out: how far guessing gets", resume="content")
-    preview: int | None = _data(None, "show this many examples, supervised tokens in colour, and stop", resume="ignored", ge=1)
-    too_long: Literal["drop", "truncate"] = _data("drop", "conversations longer than the context: drop, or cut the answer")
-    keep_duplicates: bool = _data(False, "keep conversations that occur more than once")
-    packing: bool = _data(True, "several conversations in a row, each attending to itself only, which saves padding")
     replay_data: Path | None = _replay(None, "dataset directory whose text is mixed in against forgetting", resume="content")
     replay: float = _replay(0.1, "fraction of a step's sequences that are windows of --replay_data", ge=0, lt=1)
-    train_on: Literal["all", "last"] = _train("all", "supervised turns of the assistant: all, or the last of each conversation")
     freeze_layers: int = _train(0, "number of blocks, from the first, that do not change", ge=0)
     freeze_embeddings: bool = _train(False, "the embeddings (and a head that shares their table) do not change")
     dropout: float = _train(0.0, "fraction of activations that are set to 0 in training", ge=0, lt=1)
@@ -85,12 +64,6 @@ class FinetuneOptions(RunOptions):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in (parse_source(word).name for word in self.data):
-            if not (name.startswith("hf://") or glob.has_magic(name) or Path(name).exists()):
-                raise ValueError(f"{name}: no such file; questions and answers in .jsonl, .json, .csv or .parquet are needed")
-        for path in (self.val_data, *self.test_data, self.control_data):
-            if path is not None and not path.is_file():
-                raise ValueError(f"{path}: no such file; questions and answers in .jsonl, .json, .csv or .parquet are needed")
         if self.lora_rank and (self.freeze_layers or self.freeze_embeddings):
             raise ValueError("lora_rank trains adapters alone: nothing else is left to freeze")
         if self.lora_merge and not self.lora_rank:
@@ -101,15 +74,14 @@ class FinetuneOptions(RunOptions):
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse(FinetuneOptions, doc=__doc__)
 
-from dataclasses import dataclass
-
 import torch
 
 from model import GPT, GPTConfig
 from papagaio import kernels, runtime
 from papagaio.batches import preferences
-from papagaio.batches.conversations import Conversation, Preference
-from papagaio.batches.packing import ConversationLoader, Example, encode, evaluation_batches, fingerprint
+from papagaio.batches.conversations import ROLE_TOKENS, Conversation
+from papagaio.batches.examples import Data, read_data, sides
+from papagaio.batches.packing import ConversationLoader, Example, evaluation_batches, fingerprint
 from papagaio.batches.preferences import Pair, PairLoader
 from papagaio.batches.prefetch import Prefetch
 from papagaio.batches.windows import ValidationWindows, WindowLoader, likelihood
@@ -119,7 +91,7 @@ from papagaio.generation.engine import Engine
 from papagaio.runs.checkpoint import Checkpoint, contents, model_maker, write_checkpoint
 from papagaio.runs.directory import locked, open_checkpoint, refuse_taken
 from papagaio.terminal import colours
-from papagaio.tokenizer import Tokenizer
+from papagaio.tokenizer import END, Tokenizer
 from papagaio.training import lora
 from papagaio.training.dry_run import dry_run
 from papagaio.training.metrics import read_metrics
@@ -136,7 +108,7 @@ def main(config: FinetuneOptions) -> None:
     reader = Reader(config.encoding, config.skip_bad, config.question_key, config.answer_key)
     tests = {path: reader.conversations(path) for path in config.test_data}
     control = reader.conversations(config.control_data) if config.control_data else []
-    data = read_data(config, reader, tokenizer, block_size, [row for rows in tests.values() for row in rows])
+    data = read_data(config, reader, tokenizer, block_size, config.seed, [row for rows in tests.values() for row in rows])
     if config.preview is not None:
         for example in data.training[: config.preview]:
             print(marked(example, tokenizer, colours(sys.stdout)))
@@ -146,14 +118,9 @@ def main(config: FinetuneOptions) -> None:
     if config.freeze_layers > checkpoint.model_fields["n_layer"]:
         raise UserError(f"--freeze_layers={config.freeze_layers}: the model has {checkpoint.model_fields['n_layer']} blocks")
     config = complete_options(config, checkpoint, data)
-    if config.lora_rank and config.lora_targets and "head" not in config.lora_targets and not checkpoint.is_chat:
-        print(
-            "warning: this base has never seen the chat template, and without `head` in --lora_targets the adapters hardly learn "
-            "its tokens: answers may not end",
-            file=sys.stderr,
-        )
-    base_text = config.replay_data or pretraining_data(checkpoint)
+    base_text = Dataset(config.replay_data) if config.replay_data else pretraining_data(checkpoint)
     replay, replay_validation = open_replay(config, base_text, tokenizer, block_size, data)
+    unseen = [] if checkpoint.is_chat else [tokenizer.special[name] for name in (*ROLE_TOKENS.values(), END)]
     device = runtime.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
@@ -169,11 +136,11 @@ def main(config: FinetuneOptions) -> None:
         loader = ConversationLoader(*order, block_size, packing=config.packing, replay=replay)
     if config.dry_run:
         evaluated = sum(item.length for item in data.validation)
-        dry_run(lambda **changes: restrict(make_model(**changes), config), loader, objective, config, device, evaluated)
+        dry_run(lambda **changes: restrict(make_model(**changes), config, unseen), loader, objective, config, device, evaluated)
         return
     model = make_model()
     checkpoint.load_model(model)
-    kernels.accelerate(restrict(model, config).to(device))  # here and not only in fit: the reference uses it
+    kernels.accelerate(restrict(model, config, unseen).to(device))  # here and not only in fit: the reference uses it
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     print(f"{trained:,} of {every:,} parameters are trained ({trained / every:.1%}), on {device}", file=sys.stderr)
@@ -219,90 +186,7 @@ def main(config: FinetuneOptions) -> None:
             final = (config.out_dir / "merged").resolve()  # a link to another disk stays
             write_checkpoint(final, contents(merged, [], result.state), tokenizer)
             print(f"{config.out_dir / 'merged'}: a checkpoint with the adapters added in", file=sys.stderr)
-        report(engine, tests, control, base_text, config)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The training examples and their order, the validation examples, and held-out conversations to show."""
-
-    training: list[Example] | list[Pair]
-    mixture: Mixture
-    validation: list[Example] | list[Pair]
-    shown: list[Conversation]
-
-    @property
-    def pairs(self) -> bool:
-        return isinstance(self.training[0], Pair)
-
-
-def sides(items: Sequence[Example | Pair]) -> list[Example]:
-    """The examples, with both sides of the pairs."""
-    return [side for item in items for side in (item if isinstance(item, Pair) else [item])]
-
-
-def read_data(
-    config: FinetuneOptions, reader: Reader, tokenizer: Tokenizer, block_size: int, test: Sequence[Conversation]
-) -> Data:
-    """The files' conversations or preferences as examples. Prints what there is, and what was left out and why.
-
-    Raises UserError if rows cannot be read, or if nothing is left to train on or to validate with.
-    """
-    sources = [parse_source(word) for word in config.data]
-    read = [[row for file in reader.files(source.name) for row in reader.examples(file)] for source in sources]
-    read_held_out = reader.examples(config.val_data) if config.val_data is not None else []
-    report, known = reader.check(), set[str]()
-
-    def encoded(rows: Sequence[Conversation] | Sequence[Preference]) -> list[Example] | list[Pair]:
-        if rows and isinstance(rows[0], Preference):
-            return preferences.encode_pairs(rows, tokenizer, block_size, report, config.too_long)
-        return encode(rows, tokenizer, block_size, report, config.too_long, config.train_on)
-
-    files = [select(rows, report, known, config.keep_duplicates) for rows in read]
-    if config.val_data is not None:
-        held_out = select(read_held_out, report, set(), config.keep_duplicates)
-        held_out_keys = {row.key for row in held_out}
-        for place in (row.place for rows in files for row in rows if row.key in held_out_keys):
-            report.note("dropped, held out in --val_data", place)
-        files = [[row for row in rows if row.key not in held_out_keys] for rows in files]
-    else:
-        parts = [hold_out(rows, config.val_fraction) for rows in files]
-        files, held_out = [training for training, _ in parts], [row for _, rows in parts for row in rows]
-    kinds = {type(row).__name__ for rows in (*files, held_out) for row in rows}
-    if len(kinds) > 1:
-        raise UserError(f"{config.data[0]}: {' and '.join(sorted(kinds))} rows do not go together; they need runs of their own")
-    examples, validation = [encoded(rows) for rows in files], encoded(held_out)
-    training = [example for part in examples for example in part]
-    if on_training_data := config.val_data is None and config.val_fraction == 0:
-        held_out, validation = [row for rows in files for row in rows], training
-
-    lengths = [len(side.ids) for side in sides(training)]
-    supervised = sum(int(side.supervised[1:].sum()) for side in sides(training))
-    apart = "none held out (val_loss is of the training data)" if on_training_data else f"{len(validation):,} held out"
-    print(
-        f"{len(training):,} {'preferences' if 'Preference' in kinds else 'conversations'} to train on, {apart}; "
-        f"{sum(lengths):,} tokens, {supervised:,} of them supervised; the longest has {max(lengths, default=0):,}, the context "
-        f"{block_size:,}",
-        *report.lines(),
-        sep="\n",
-        file=sys.stderr,
-    )
-    if not training:
-        raise UserError(f"{report.first(Path(sources[0].name))}; nothing is left to train on in {', '.join(config.data)}")
-    if not validation and not config.preview:
-        where = report.first(config.val_data or Path(sources[0].name))
-        cure = "name a --val_data file, or a larger --val_fraction"
-        if config.val_data is None and len(training) == 1:
-            cure = "the only one is trained on; --val_fraction 0 measures val_loss on it too, --val_data FILE on others"
-        raise UserError(f"{where}; no conversation is left to validate with: {cure}")
-    if leaked := len(known & {conversation.key for conversation in test}):
-        print(f"warning: {leaked:,} of the {len(test):,} --test_data questions are in --data with their answers", file=sys.stderr)
-    used = [(part, source.weight) for part, source in zip(examples, sources, strict=True) if part]
-    mixture = Mixture([len(part) for part, _ in used], [weight for _, weight in used], config.seed)
-    if not mixture.size:
-        raise UserError(f"{config.data[0]}: the weights of the files leave nothing to train on; give larger ones")
-    shown = [row if isinstance(row, Conversation) else Conversation(messages=[*row.messages, row.chosen]) for row in held_out]
-    return Data(training, mixture, validation, shown)
+        report(engine, tests, control, base_text.directory if base_text is not None else None, config)
 
 
 def complete_options(config: FinetuneOptions, checkpoint: Checkpoint, data: Data) -> FinetuneOptions:
@@ -320,8 +204,11 @@ def complete_options(config: FinetuneOptions, checkpoint: Checkpoint, data: Data
     return config.with_defaults({"optimizer": optimizer} | intervals | recipe)
 
 
-def restrict(model: GPT, config: FinetuneOptions) -> GPT:
-    """Train only what the options say, in place: adapters, or all but the frozen parts. Raises UserError if they do not fit."""
+def restrict(model: GPT, config: FinetuneOptions, unseen: Sequence[int] = ()) -> GPT:
+    """Train only what the options say, in place: adapters, or all but the frozen parts. Raises UserError if they do not fit.
+
+    If the head has no adapter, the rows of the tokens that the base has never seen are trained beside the adapters.
+    """
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if config.lora_rank:
         targets = config.lora_targets or [name for name in lora.TARGETS if name in names]
@@ -329,6 +216,8 @@ def restrict(model: GPT, config: FinetuneOptions) -> GPT:
             lora.add_adapters(model, targets, config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
         except ValueError as error:
             raise UserError(f"--lora_targets: {error}; it has {' '.join(sorted(names))}") from None
+        if "head" not in targets and unseen:
+            lora.train_rows(model, unseen)
     model.blocks[: config.freeze_layers].requires_grad_(False)
     for name, parameter in model.named_parameters():
         if config.freeze_embeddings and "embed" in name:
@@ -338,36 +227,35 @@ def restrict(model: GPT, config: FinetuneOptions) -> GPT:
     return model
 
 
-def pretraining_data(checkpoint: Checkpoint) -> Path | None:
+def pretraining_data(checkpoint: Checkpoint) -> Dataset | None:
     """The dataset that the checkpoint was pretrained on, if its run's config.toml names it and it is still there."""
     with suppress(UserError, KeyError):
         config = load_toml(checkpoint.path.parent.parent / "config.toml")[1]
         words = [] if "init_from" in config else config["data"]
         for word in [words] if isinstance(words, str) else words:
             path = Path(parse_source(word).name)
-            if (path / "manifest.json").is_file() and Dataset(path).tokenizer.sha256 == checkpoint.tokenizer.sha256:
-                return path
+            if (path / "manifest.json").is_file() and (found := Dataset(path)).tokenizer.sha256 == checkpoint.tokenizer.sha256:
+                return found
     return None
 
 
 def open_replay(
-    config: FinetuneOptions, directory: Path | None, tokenizer: Tokenizer, block_size: int, data: Data
+    config: FinetuneOptions, dataset: Dataset | None, tokenizer: Tokenizer, block_size: int, data: Data
 ) -> tuple[WindowLoader | None, ValidationWindows | None]:
     """Windows of pretraining text to mix in (--replay_data), and its validation split, on which forgetting is measured."""
-    if directory is None:
+    if dataset is None:
         print(
             "forgetting is not measured: name the text of pretraining with --replay_data (--replay 0: only measure)",
             file=sys.stderr,
         )
         return None, None
-    dataset = Dataset(directory)
     if dataset.tokenizer.sha256 != tokenizer.sha256:
-        raise UserError(f"{directory}: its tokenizer is not the checkpoint's; prepare it with --tokenizer DIR")
+        raise UserError(f"{dataset.directory}: its tokenizer is not the checkpoint's; prepare it with --tokenizer DIR")
     tokens = config.eval_tokens if "eval_tokens" in config.model_fields_set else REPLAY_EVAL_TOKENS
     validation = ValidationWindows(dataset, block_size, max(1, 8192 // block_size), tokens)
     whole = dataset.splits["val"]["tokens"]
     measured = f"{min(whole, len(validation.starts) * block_size):,} of {whole:,} validation tokens"
-    print(f"forgetting is measured on {measured} of {directory} (--eval_tokens)", file=sys.stderr)
+    print(f"forgetting is measured on {measured} of {dataset.directory} (--eval_tokens)", file=sys.stderr)
     if config.replay == 0 or config.replay_data is None:
         return None, validation
     windows = max(1, round(config.replay / (1 - config.replay) * config.batch_size))

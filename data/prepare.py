@@ -89,16 +89,13 @@ def prepare(work: Path, out: Path, config: PrepareOptions) -> None:
         return
     plan.start(work, config.overwrite)
 
-    # 3. Make the tokenizer.
     try:
+        # 3. Make the tokenizer.
         tokenizer = make_tokenizer(work, plan, config)
         use_tokenizer(work, tokenizer.sha256)
-    except BadInput as error:
-        raise all_that_is_bad(error, plan.spans, config, config.workers) from None
 
-    # 4. Encode: each task becomes a piece, a file of tokens with an index of its documents.
-    mine = {number: plan.tasks[number] for number in range(index, len(plan.tasks), count)}
-    try:
+        # 4. Encode: each task becomes a piece, a file of tokens with an index of its documents.
+        mine = {number: plan.tasks[number] for number in range(index, len(plan.tasks), count)}
         encode(work, mine, tokenizer, config)
     except BadInput as error:
         raise all_that_is_bad(error, plan.spans, config, config.workers) from None

@@ -18,11 +18,12 @@ class Report:
         if len(places) < PLACES_SHOWN:
             places.append(place)
 
-    def merge(self, other: "Report") -> None:
-        """Add another report, of a later part of the input."""
+    def merge(self, other: "Report", prefix: str = "") -> None:
+        """Add another report, of a later part of the input; `prefix` goes before its reasons."""
         for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            self.places[reason] = [*self.places.get(reason, []), *other.places[reason]][:PLACES_SHOWN]
+            here = prefix + reason
+            self.counts[here] = self.counts.get(here, 0) + count
+            self.places[here] = [*self.places.get(here, []), *other.places[reason]][:PLACES_SHOWN]
 
     def lines(self) -> list[str]:
         """One line per reason."""

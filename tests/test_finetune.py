@@ -102,6 +102,24 @@ def test_adapters_are_saved_alone_used_and_merged(world: Path, tmp_path: Path, c
     assert answers.pop().strip(".\n") in COLOURS
 
 
+def test_adapters_without_the_head_learn_the_template(world: Path, tmp_path: Path, call: Call) -> None:
+    run = tmp_path / "run"
+    more = ["--lora_rank=4", "--lora_targets", "q", "v", "--max_steps=150", "--learning_rate=0.02", "--lora_merge"]
+    status, out, err = call("finetune", *tune(world, run, *more, "--test_data", world / "qa_test.jsonl"))
+    assert status == 0, err
+    trained = int(re.search(r"([\d,]+) of [\d,]+ parameters are trained", err)[1].replace(",", ""))
+    adapters = load_file(newest(run) / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in adapters.values()) == trained
+    assert "answers that ended by themselves: 1.000" in out
+    base, merged = (load_file(path / "model.safetensors")["head.weight"] for path in (newest(world / "base"), run / "merged"))
+    assert (base != merged).any(1).sum() == 4  # system, user, assistant and end
+    answers = {
+        call("chat", "--checkpoint", path, "--ask", f"What is the flag of {NAMES[25]}?")[1] for path in (run, run / "merged")
+    }
+    assert len(answers) == 1
+    assert answers.pop().strip(".\n") in COLOURS
+
+
 def test_what_is_frozen_stays(world: Path, tmp_path: Path, call: Call) -> None:
     status, _, err = call("finetune", *tune(world, tmp_path / "run", "--freeze_layers=1", "--freeze_embeddings", "--max_steps=3"))
     assert status == 0, err
@@ -182,11 +200,12 @@ def test_a_dry_run_that_measures_a_part_takes_frozen_layers_of_the_whole(
     assert "--freeze_layers=3: the model has 2 blocks" in err
 
 
-@pytest.mark.parametrize("kind", ["answers", "lora", "preferences"])
+@pytest.mark.parametrize("kind", ["answers", "lora", "rows", "preferences"])
 def test_resume_ends_where_an_uninterrupted_run_does(kind: str, world: Path, tmp_path: Path, call: Call) -> None:
     more: dict[str, list[object]] = {
         "answers": ["--dropout=0.1", "--replay_data", world / "data", "--micro_batch_size=4"],
         "lora": ["--lora_rank=2", "--dropout=0.1"],
+        "rows": ["--lora_rank=2", "--lora_targets", "q", "v"],
         "preferences": ["--data", preferences(tmp_path / "pairs.jsonl"), "--learning_rate=2e-4", "--dropout=0.1"],
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from model import GPT, PRESETS, GPTConfig
 from papagaio.errors import UserError
-from papagaio.runs.checkpoint import contents, write_checkpoint
+from papagaio.runs.checkpoint import contents, model_maker, write_checkpoint
 from papagaio.runs.directory import open_checkpoint
 from papagaio.tokenizer import ByteTokenizer
-from papagaio.training.lora import TARGETS, adapter_state, adapters, add_adapters, merged
+from papagaio.training.lora import TARGETS, adapter_state, adapters, add_adapters, merged, train_rows, trained_rows
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions
 
@@ -85,6 +85,84 @@ def test_merging_gives_the_same_logits() -> None:
     assert not torch.allclose(plain(IDS), model()(IDS), atol=0.1)
     with pytest.raises(ValueError, match="another shape"):
         merged(model(n_kv_head=1).state_dict() | {"head.weight": torch.zeros(3, 3)}, tensors, config)
+
+
+ROWS = [257, 260]  # two of the special tokens
+
+
+def with_rows(preset: str) -> GPT:
+    """A model with adapters in q alone, whose head has trained rows that differ from the base's."""
+    gpt = adapted(model(preset), ("q",))
+    train_rows(gpt, ROWS)
+    with torch.no_grad():
+        for rows in trained_rows(gpt).values():
+            rows.lora_rows.normal_(std=0.3)
+    return gpt
+
+
+@pytest.mark.parametrize("preset", ["modern", "gpt2"])
+def test_rows_of_a_few_tokens_are_trained_and_no_others(preset: str) -> None:
+    gpt = model(preset)
+    before, base = gpt(IDS), {name: p.clone() for name, p in gpt.state_dict().items()}
+    add_adapters(gpt, ("q",), rank=2, alpha=2)
+    train_rows(gpt, ROWS)
+    assert torch.equal(gpt(IDS), before)
+    assert all("lora_" in name for name, p in gpt.named_parameters() if p.requires_grad)
+    options = RunOptions(out_dir=Path("x"), optimizer="adamw", learning_rate=0.01, weight_decay=0.1)
+    (optimizer,) = make_optimizers(gpt, options)
+    targets = torch.full_like(IDS, ROWS[1])
+    first = gpt(IDS, targets).item()
+    for _ in range(10):
+        optimizer.zero_grad()
+        gpt(IDS, targets).backward()
+        optimizer.step()
+    assert gpt(IDS, targets).item() < first - 0.3
+    after = merged(base, *adapter_state(gpt))
+    changed = {
+        (name, row)
+        for name, p in base.items()
+        if p.ndim == 2
+        for row in range(len(p))
+        if not torch.equal(after[name][row], p[row])
+    }
+    table = "embed.weight" if preset == "gpt2" else "head.weight"
+    assert {(name, row) for name, row in changed if ".attn.q." not in name} == {(table, row) for row in ROWS}
+    plain = model(preset)
+    plain.load_state_dict(after)
+    assert torch.allclose(plain(IDS), gpt(IDS), atol=1e-4)
+
+
+def test_peft_reads_trained_rows_and_its_own_are_read(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    gpt = with_rows("modern")
+    theirs = peft.PeftModel.from_pretrained(model(), save(gpt, tmp_path, {})).eval()
+    assert torch.allclose(theirs(IDS), gpt(IDS), atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    plain = model()
+    plain.load_state_dict(merged(plain.state_dict(), load_file(tmp_path / "theirs" / "adapter_model.safetensors"), config))
+    assert torch.allclose(plain(IDS), gpt(IDS), atol=1e-4)
+
+
+def test_a_checkpoint_keeps_trained_rows(tmp_path: Path) -> None:
+    base, gpt = save(model("gpt2"), tmp_path / "base", {}), with_rows("gpt2")
+    path = save(gpt, tmp_path / "run", {"base_sha256": open_checkpoint(base).weights_sha256})
+    twin = with_rows("gpt2")
+    open_checkpoint(path, base).load_model(twin)
+    assert torch.equal(twin(IDS), gpt(IDS))
+    with pytest.raises(UserError, match=r"trainable_tokens_delta is .* where the model with adapters has missing"):
+        open_checkpoint(path, base).load_model(adapted(model("gpt2"), ("q",)))  # without rows
+
+
+@pytest.mark.parametrize("indices", [{"embed": [1, 900]}, {"embed": [1]}, {"other": [1, 2]}, {"embed": [-1, 2]}, [1, 2], None])
+def test_other_rows_than_those_that_were_trained_are_refused(tmp_path: Path, indices: object) -> None:
+    base = save(model("gpt2"), tmp_path / "base", {})
+    written = contents(with_rows("gpt2"), [], {"step": 1, "base_sha256": open_checkpoint(base).weights_sha256})
+    config = json.loads(written.texts["adapter_config.json"]) | {"trainable_token_indices": indices}
+    path = tmp_path / "step-1"
+    write_checkpoint(path, written._replace(texts=written.texts | {"adapter_config.json": json.dumps(config)}), BYTES)
+    with pytest.raises(UserError):
+        open_checkpoint(path, base).outline(model_maker(GPT, GPTConfig))
 
 
 def save(gpt: GPT, path: Path, state: dict) -> Path:

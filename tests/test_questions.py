@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import FinetuneOptions, read_data
+from finetune import FinetuneOptions
 from papagaio.batches.conversations import Conversation
+from papagaio.batches.examples import read_data
 from papagaio.batches.packing import encode
 from papagaio.batches.questions import Reader, hold_out, read_choices, read_conversations, read_examples, select
 from papagaio.errors import UserError
@@ -452,7 +453,7 @@ def data(capsys: pytest.CaptureFixture[str], *names: str, **options: object) -> 
     """The numbers of training and validation examples that finetune.py has, and what it prints."""
     config = FinetuneOptions(init_from="base", out_dir="out", data=names, **options)
     reader = Reader(config.encoding, config.skip_bad)
-    found = read_data(config, reader, ByteTokenizer(), 64, [])
+    found = read_data(config, reader, ByteTokenizer(), 64, 1337, [])
     return len(found.training), len(found.validation), capsys.readouterr().err
 
 

@@ -15,7 +15,8 @@ from papagaio.corpus.folders import find_files
 from papagaio.corpus.rows import Row, detect_format, read_rows
 from papagaio.corpus.spans import BadInput
 from papagaio.corpus.split import held_out_below, text_hash
-from papagaio.errors import MachineError, UserError
+from papagaio.corpus.tables import hub_dataset, hub_rows
+from papagaio.errors import UserError
 from papagaio.files import printable
 from papagaio.report import Report
 
@@ -87,9 +88,7 @@ class Reader:
                 parts.append(f"{first}: {reason}{more}")
             cure = "; --skip_bad leaves such rows out" if sum(bad.counts.values()) > 1 else ""
             raise UserError("; ".join(parts) + cure)
-        for reason, count in bad.counts.items():
-            for i, place in enumerate(bad.places[reason]):
-                self.report.note(f"left out, {reason}", place, count - len(bad.places[reason]) + 1 if i == 0 else 1)
+        self.report.merge(bad, "left out, ")
         together: dict[tuple[int, tuple[str, ...]], list[str]] = {}
         for key, count in self.unread.counts.items():
             together.setdefault((count, tuple(self.unread.places[key])), []).append(f'"{key}"')
@@ -106,7 +105,7 @@ class Reader:
         """
         found, empty = [], True
         try:
-            for row in hub_rows(str(path)) if str(path).startswith("hf://") else read_rows(str(path), self.encoding):
+            for row in self._file(str(path)):
                 empty = False
                 try:
                     if row.error or not isinstance(row.value, dict):
@@ -126,6 +125,14 @@ class Reader:
             raise UserError(f"{path}: no {what} in this file")
         return found
 
+    def _file(self, name: str) -> Iterator[Row]:
+        """The rows of a file or of a dataset of the hub, hf://NAME[:CONFIG][:SPLIT]."""
+        if not name.startswith("hf://"):
+            yield from read_rows(name, self.encoding)
+            return
+        for number, value in hub_rows(name, hub_dataset(name)):
+            yield Row(f"{name}:row {number}", {key: each for key, each in value.items() if each is not None})
+
     def _some(self, path: str | Path, rows: list[RowT]) -> list[RowT]:
         """The rows of a file that must have some. Raises UserError if all of them are left out."""
         if not rows and (self.skip_bad or not self.bad.counts):
@@ -133,20 +140,6 @@ class Reader:
             first = next((first for report in reports if (first := report.first(Path(path))) != str(path)), str(path))
             raise UserError(f"{first}; no questions are left in this file")
         return rows
-
-
-def hub_rows(name: str) -> Iterator[Row]:
-    """The rows of a dataset of the Hugging Face hub, hf://NAME[:CONFIG][:SPLIT]. Raises MachineError if the hub goes away."""
-    import httpx
-
-    from papagaio.corpus.tables import hub_dataset
-
-    dataset = hub_dataset(name)
-    try:
-        for number, value in enumerate(dataset, 1):
-            yield Row(f"{name}:row {number}", {key: each for key, each in value.items() if each is not None})
-    except (ConnectionError, TimeoutError, httpx.TransportError) as error:
-        raise MachineError(f"{name}: the hub cannot be reached any more ({type(error).__name__}); run it again") from None
 
 
 def read_conversations(path: Path) -> list[Conversation]:

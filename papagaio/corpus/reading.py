@@ -33,7 +33,7 @@ def list_spans(inputs: Sequence[str], config: ReadingOptions, report: Report | N
     Files that are passed over are noted in `report`. Raises UserError if an input does not exist or cannot be read.
     """
     document_separator(config)
-    check_encoding(config.encoding)
+    text.check_encoding(config.encoding)
     report = Report() if report is None else report
     files = folders.find_files(inputs, report, config.exclude, config.format == "text", config.encoding)
     total = sum(os.path.getsize(file) for file in files if not file.startswith("hf://"))
@@ -60,15 +60,6 @@ def took(spans: Sequence[Span]) -> str:
     """`took 3 .parquet files, 1 .txt file`: what directories and patterns have given."""
     counts = Counter(rows.uncompressed_suffix(path) or "unnamed" for path in dict.fromkeys(span.path for span in spans))
     return "took " + ", ".join(f"{n:,} {suffix} file{'s' * (n > 1)}" for suffix, n in counts.most_common())
-
-
-def check_encoding(name: str) -> None:
-    """Raises UserError if there is no such encoding."""
-    try:
-        if name != "auto":
-            codecs.lookup(name)
-    except LookupError:
-        raise UserError(f"--encoding={name}: no such encoding; utf-8, utf-16, latin-1 and auto are common ones") from None
 
 
 def unusable(spans: list[Span], config: ReadingOptions, named: bool) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from papagaio.corpus.spans import BadInput
-from papagaio.corpus.text import blocks_of
+from papagaio.corpus.text import blocks_of, check_encoding, detect_encoding
 from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, parse_json, printable, refuse_pickle
 
@@ -107,8 +107,6 @@ def read_whole(path: str, encoding: str, errors: str = "strict") -> str:
     """The text of a file; a byte-order mark tells its encoding. Raises UserError naming the line of what is not text."""
     data = b"".join(blocks_of(path, 0, -1))
     if encoding == "auto":
-        from papagaio.corpus.text import detect_encoding
-
         encoding = detect_encoding(path)
     try:
         text = decode(data, encoding, errors)
@@ -125,10 +123,8 @@ def read_whole(path: str, encoding: str, errors: str = "strict") -> str:
 
 def decode(data: bytes, encoding: str, errors: str) -> str:
     """Bytes as text; a byte-order mark tells another encoding. Raises UserError for an encoding that does not exist."""
-    try:
-        return data.decode(byte_order_mark(data) or encoding, errors)
-    except LookupError:
-        raise UserError(f"--encoding={encoding}: no such encoding; utf-8, utf-16, latin-1 and auto are common ones") from None
+    check_encoding(encoding)
+    return data.decode(byte_order_mark(data) or encoding, errors)
 
 
 def json_row(line: str, place: str) -> Row:
@@ -208,14 +204,18 @@ def open_parquet(path: str) -> Any:
         raise BadInput(path, "not a whole .parquet file", f": {error}") from None
 
 
-def parquet_rows(path: str) -> Iterator[Row]:
-    """All rows of a .parquet file, without the columns that hold nothing (null) in them."""
+def parquet_rows(
+    path: str, columns: list[str] | None = None, groups: range | None = None, batch_size: int = 1024
+) -> Iterator[Row]:
+    """The rows of a .parquet file without the columns that hold nothing (null) in them; some columns, some row groups, or all."""
     import pyarrow
 
-    number = 0
     with open_parquet(path) as file:
+        groups = range(file.num_row_groups) if groups is None else groups
+        number = before = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+        batches = file.iter_batches(batch_size, row_groups=groups, columns=columns)
         try:
-            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024)), 1):
+            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), before + 1):
                 yield Row(f"{path}:row {number}", {key: value for key, value in row.items() if value is not None})
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise BadInput(f"{path}:row {number + 1}", "damaged", f" near this row: {error}") from None

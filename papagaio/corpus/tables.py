@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from papagaio.corpus.options import ReadingOptions
-from papagaio.corpus.rows import json_row, open_parquet, read_rows
+from papagaio.corpus.rows import json_row, open_parquet, parquet_rows, read_rows
 from papagaio.corpus.spans import BadInput, Fragment, Span
 from papagaio.corpus.text import LONG_RECORD, fault
 from papagaio.errors import MachineError, UserError
@@ -132,16 +132,8 @@ def read_parquet(span: Span, config: ReadingOptions) -> Iterator[tuple[Callable[
             kind = kind.field(key).type
         if str(kind) not in ("string", "large_string", "string_view"):
             raise BadInput(path, f"column {config.text_key!r} holds {kind}, not text", "; --text_key names another")
-        row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
-        try:
-            for batch in file.iter_batches(64, row_groups=range(span.start, span.stop), columns=[column]):
-                for value in batch.column(0):
-                    row += 1
-                    found = value.as_py()
-                    inside = column != config.text_key and found is None
-                    yield lambda row=row: f"{path}:row {row}", {config.text_key: None} if inside else {column: found}, ""
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path}:row {row + 1}", "damaged", f" near this row: {error}") from None
+    for place, row, _, _ in parquet_rows(path, [column], range(span.start, span.stop), 64):
+        yield lambda place=place: place, row if row else {config.text_key: None}, ""
 
 
 def hub_dataset(name: str) -> Any:
@@ -168,15 +160,20 @@ def hub_dataset(name: str) -> Any:
         raise UserError(f"{name}: {error}") from None
 
 
-def read_hub(span: Span, config: ReadingOptions) -> Iterator[tuple[Callable[[], str], Any, str]]:
-    """The rows of one shard of a hub dataset."""
+def hub_rows(name: str, dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a streaming dataset, numbered from 1. Raises MachineError if the hub goes away."""
     import httpx
 
-    name, dataset = span.path, hub_dataset(span.path)
     try:
-        for number, row in enumerate(dataset.shard(dataset.num_shards, span.start), 1):
-            if number == 1 and text_under(row, config.text_key) is MISSING and config.text_key.partition(".")[0] not in row:
-                raise UserError(f"{name}: no column {config.text_key!r} among {', '.join(row)}; --text_key names another")
-            yield lambda number=number: f"{name} (shard {span.start}):row {number}", row, ""
+        yield from enumerate(dataset, 1)
     except (ConnectionError, TimeoutError, httpx.TransportError) as error:
         raise MachineError(f"{name}: the hub cannot be reached any more ({type(error).__name__}); run it again") from None
+
+
+def read_hub(span: Span, config: ReadingOptions) -> Iterator[tuple[Callable[[], str], Any, str]]:
+    """The rows of one shard of a hub dataset."""
+    name, dataset = span.path, hub_dataset(span.path)
+    for number, row in hub_rows(name, dataset.shard(dataset.num_shards, span.start)):
+        if number == 1 and text_under(row, config.text_key) is MISSING and config.text_key.partition(".")[0] not in row:
+            raise UserError(f"{name}: no column {config.text_key!r} among {', '.join(row)}; --text_key names another")
+        yield lambda number=number: f"{name} (shard {span.start}):row {number}", row, ""

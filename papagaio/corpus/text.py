@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Any, AnyStr
 
 from papagaio.corpus.spans import BadInput, Fragment
+from papagaio.errors import UserError
 from papagaio.report import Report
 from papagaio.tokenizer import text_chunks
 
@@ -96,6 +97,15 @@ def fault(text: str) -> str:
     if "\0" in text:
         return "a NUL byte"
     return "not in the --encoding" if not text.isascii() and re.search("[\ud800-\udfff]", text) else ""
+
+
+def check_encoding(name: str) -> None:
+    """Raises UserError if there is no such encoding."""
+    try:
+        if name != "auto":
+            codecs.lookup(name)
+    except LookupError:
+        raise UserError(f"--encoding={name}: no such encoding; utf-8, utf-16, latin-1 and auto are common ones") from None
 
 
 def detect_encoding(path: str) -> str:

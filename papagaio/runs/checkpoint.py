@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -143,9 +144,8 @@ class Checkpoint:
             compare(self.weights, weights)
             return
         self.base._compare(weights)
-        compare(
-            self.weights, expected(weights, read_tensors(self.weights), self._adapter_config()["r"]), "the model with adapters"
-        )
+        wanted = expected(weights, read_tensors(self.weights), self._adapter_config())
+        compare(self.weights, wanted, "the model with adapters")
 
     def _tensors(self) -> dict[str, Tensor]:
         """The saved weights, with adapters added."""
@@ -158,6 +158,12 @@ class Checkpoint:
         for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
             if type(config.get(key)) not in kinds or not 0 < config[key] < 2**31:
                 raise UserError(f"{path}: {key} must be a positive number, not {config.get(key)!r}; {CURE}")
+        try:
+            TypeAdapter(dict[str, list[NonNegativeInt]] | None).validate_python(
+                config.get("trainable_token_indices"), strict=True
+            )
+        except ValidationError:
+            raise UserError(f"{path}: trainable_token_indices must be lists of token ids by layer; {CURE}") from None
         return config
 
     def load_optimizers(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
