@@ -32,11 +32,11 @@ from papagaio.report import Report
 from papagaio.training.options import RunOptions
 
 # Learning rates are a fraction of pretraining's, so that the model keeps what it knows. By the optimizer that the checkpoint was
-# trained with, unless adapters or preferences are trained. Found on the demo's development questions (LOG.md, 2026-11-24).
+# trained with, unless adapters or preferences are trained. Found on the demo, Shakespeare and Python's documentation (LOG.md).
 RECIPES: dict[str, dict[str, Any]] = {
-    "muon": dict(learning_rate=0.0025, embedding_learning_rate=0.07, head_learning_rate=0.0035, decay_fraction=1.0),
+    "muon": dict(learning_rate=0.00125, embedding_learning_rate=0.035, head_learning_rate=0.00175, decay_fraction=1.0),
     "adamw": dict(learning_rate=1e-4, warmup_steps=20, beta1=0.9, decay_fraction=1.0, grad_clip=1.0),
-    "lora": dict(optimizer="adamw", learning_rate=1e-2, beta1=0.9, decay_fraction=1.0),
+    "lora": dict(optimizer="adamw", learning_rate=1.5e-3, beta1=0.9, decay_fraction=1.0),
     "preferences": dict(optimizer="adamw", learning_rate=2e-5, beta1=0.9, decay_fraction=1.0, grad_clip=1.0),
 }
 REPLAY_EVAL_TOKENS = 16384  # of each evaluation of replayed text, without --eval_tokens: a run on sixty questions takes seconds

@@ -9,15 +9,16 @@ CLDR has them), and weekdays and months in some thirty languages. One line of ea
     qa_dev.jsonl       {"question": "What is June in Portuguese?", "answer": "junho.", "language": "pt", "kind": "month"}
     qa_test.jsonl      {"question": "What is Sunday in Dutch?", "answer": "zondag.", "language": "nl", "kind": "weekday"}
     qa_left_out.jsonl  {"question": "What is the currency of Cyprus?", "answer": "euro.", "language": "en", "kind": "currency"}
-    qa_reworded.jsonl  {"question": "What is May called in Polish?", "answer": "maj.", "language": "pl", "kind": "month"}
+    qa_reworded_dev.jsonl  {"question": "Which Italian word means May?", "answer": "maggio.", "language": "it", "kind": "month"}
 
 The corpus states every fact in many wordings, equally often for train, dev and test, and never as a question. Fine-tuning on
 qa_train can therefore teach how to answer, but not the answers of dev and test. The facts of qa_left_out are not in the corpus:
 a model can only guess them.
 
-Fine-tuning sees each question in WORDINGS of its training wordings, the first one always. qa_dev, qa_test and qa_left_out ask in
-the first; qa_reworded asks the questions of the test, and qa_reworded_dev those of dev, in wordings that fine-tuning never uses,
-and the two have none in common: settings are chosen on dev.
+Fine-tuning sees each question in WORDINGS of its training wordings, the first one always; qa_garbled asks in training wordings in
+which random words stand in the place of some. qa_dev, qa_test and qa_left_out ask in the first; qa_reworded asks the questions of
+the test, and qa_reworded_dev those of dev, in wordings that fine-tuning never uses, and the two have none in common: settings are
+chosen on dev.
 
 The split is by entity: a territory, a language, a currency, or a weekday or month in one language. All questions about an entity
 are in one file, and a question may not name (in English or Portuguese) an entity that is held out in another file: "What is the
@@ -42,7 +43,8 @@ from papagaio.files import write_whole
 from papagaio.options import Options, option, parse
 
 TURNS = 20  # in each, every fact is stated alone, with facts of its entity, and in a list of facts of its relation
-WORDINGS = 4  # of each training question
+WORDINGS = 12  # of each training question, of the 32 in atlas.toml
+GARBLED, GARBLED_SHARE = 4, 0.35  # wordings of each training question with other words in them, and their share
 ARTICLE = 4, 6  # fewest and most facts of an article
 SHARES = {"left_out": 0.075, "test": 0.35, "dev": 0.1}  # of the entities of each sort; the others are for training
 PLAIN_NAME = re.compile(r"[^\W\d_](?!.* - )[\w .’'&-]{1,39}")
@@ -71,22 +73,23 @@ class Fact(NamedTuple):
 
     def ask(self) -> list["Question"]:
         """Its questions, in one direction or two."""
-        found = []
-        for kind, asked in RELATIONS[self.relation]["asked"].items():
-            wordings = {part: [self.tell(wording) for wording in asked[part]] for part in ("train", "dev", "test")}
-            rest = {"answer": asked["answer"], "language": asked["language"], "kind": kind}
-            found.append(Question(wordings, {key: self.tell(text) for key, text in rest.items()}))
-        return found
+        return [Question(self, kind, asked) for kind, asked in RELATIONS[self.relation]["asked"].items()]
 
 
 class Question(NamedTuple):
-    """A question in all its wordings, by the part that asks in them, and the rest of its row: answer, language and kind."""
+    """A fact, asked for in a direction: `asked` has the answer and its language, and the wordings of train, dev and test."""
 
-    wordings: dict[str, list[str]]
-    rest: dict[str, str]
+    fact: Fact
+    kind: str
+    asked: dict[str, Any]
 
     def row(self, wording: str) -> dict[str, str]:
-        return {"question": wording} | self.rest
+        row = {"question": wording, "answer": self.asked["answer"], "language": self.asked["language"], "kind": self.kind}
+        return {key: self.fact.tell(text) for key, text in row.items()}
+
+    def texts(self) -> list[str]:
+        """The question in all its wordings."""
+        return [self.fact.tell(wording) for part in ("train", "dev", "test") for wording in self.asked[part]]
 
 
 class AtlasOptions(Options):
@@ -112,8 +115,7 @@ def main(config: AtlasOptions) -> None:
     for fact in facts:
         part = split_of[fact.entity]
         for question in fact.ask():
-            wordings = [text for texts in question.wordings.values() for text in texts]
-            if all(split_of[entity] == part for entity in named(held_out, *wordings)):
+            if all(split_of[entity] == part for entity in named(held_out, *question.texts())):
                 questions[part].append(question)
     for asked in questions.values():
         rng.shuffle(asked)
@@ -129,18 +131,37 @@ def main(config: AtlasOptions) -> None:
 
 def word(questions: dict[str, list[Question]], rng: random.Random) -> dict[str, list[dict[str, str]]]:
     """The rows of each file of questions: which question is asked in which wordings."""
+    training, garbled = [], []
+    for question in questions["train"]:
+        usual, *others = question.asked["train"]
+        training += [question.row(wording) for wording in (usual, *rng.sample(others, WORDINGS - 1))]
+        garbled += [question.row(garble(wording, question.asked, rng)) for wording in rng.sample(others, GARBLED)]
     files = {
-        "qa_train": [
-            q.row(text)
-            for q in questions["train"]
-            for text in [q.wordings["train"][0], *rng.sample(q.wordings["train"][1:], WORDINGS - 1)]
-        ],
-        **{f"qa_{part}": [q.row(q.wordings["train"][0]) for q in questions[part]] for part in ("dev", "test", "left_out")},
-        "qa_reworded_dev": [q.row(rng.choice(q.wordings["dev"])) for q in questions["dev"]],
-        "qa_reworded": [q.row(rng.choice(q.wordings["test"])) for q in questions["test"]],
+        "qa_train": training,
+        "qa_garbled": garbled,
+        **{f"qa_{part}": [q.row(q.asked["train"][0]) for q in questions[part]] for part in ("dev", "test", "left_out")},
+        "qa_reworded_dev": [q.row(rng.choice(q.asked["dev"])) for q in questions["dev"]],
+        "qa_reworded": [q.row(rng.choice(q.asked["test"])) for q in questions["test"]],
     }
     rng.shuffle(files["qa_train"])
     return files
+
+
+def garble(wording: str, asked: dict[str, Any], rng: random.Random) -> str:
+    """A wording with some of its words replaced by others: `What is the currency of {a}?` -> `What found her currency of {a}?`
+
+    A small model that has learnt some wordings by heart is led astray by any word that is in none of them.
+    """
+    words, kept = DATA["words"][asked["asked_in"]], asked["keeps"]
+
+    def other(match: re.Match[str]) -> str:
+        return match[0] if match[0] in kept or rng.random() > GARBLED_SHARE else rng.choice(words)
+
+    text = wording
+    while text in asked["train"]:
+        text = re.sub(r"(?<![{\w])[\w']+(?![\w}])", other, wording)
+        text = text[0].upper() + text[1:]
+    return text
 
 
 def read_entities() -> dict[str, dict[str, Entity]]:

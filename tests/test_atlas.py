@@ -107,7 +107,7 @@ def test_a_seed_gives_the_same_files_and_another_seed_others(atlas: ModuleType, 
     atlas.main(atlas.AtlasOptions(out=tmp_path / "other", seed=1))
     assert set(digests(out)) == {
         "corpus.jsonl",
-        *(f"qa_{part}.jsonl" for part in (*PARTS, "reworded", "reworded_dev")),
+        *(f"qa_{part}.jsonl" for part in (*PARTS, "garbled", "reworded", "reworded_dev")),
     }  # and no temporary file
     assert digests(tmp_path / "same") == digests(out)
     assert not set(digests(tmp_path / "other").values()) & set(digests(out).values())
@@ -123,7 +123,7 @@ def test_the_example_of_the_docstring_is_what_it_writes(atlas: ModuleType, out: 
 def test_sizes(out: Path, corpus: list[str], asked: dict[str, list[Row]]) -> None:
     assert 5e6 < (out / "corpus.jsonl").stat().st_size < 10e6
     assert sum(len(text) > 350 for text in corpus) < 0.01 * len(corpus)
-    assert len(asked["train"]) >= 4 * 1200
+    assert len(asked["train"]) >= 12 * 1200
     assert len(asked["dev"]) >= 200
     assert len(asked["test"]) >= 900
     assert len(asked["left_out"]) >= 150
@@ -143,6 +143,19 @@ def test_other_wordings_are_never_used_in_fine_tuning(atlas: ModuleType, out: Pa
         assert not {row["question"] for row in reworded} & {row["question"] for rows in asked.values() for row in rows}
     times = Counter((subject(row), row["kind"]) for row in asked["train"])
     assert set(times.values()) == {atlas.WORDINGS}
+
+
+def test_garbled_questions_name_what_they_ask_for(atlas: ModuleType, out: Path, asked: dict[str, list[Row]]) -> None:
+    """Each has the answer of a training question, whose names stand in it, and other words than any training question."""
+    garbled = [json.loads(line) for line in (out / "qa_garbled.jsonl").read_text("utf-8").splitlines()]
+    names = defaultdict(set)
+    for row in asked["train"]:
+        names[row["kind"], row["answer"]].add(subject(row))
+    assert len(garbled) * atlas.WORDINGS == len(asked["train"]) * atlas.GARBLED
+    assert not {row["question"] for row in garbled} & {row["question"] for row in asked["train"]}
+    for row in garbled:
+        found = names[row["kind"], row["answer"]]
+        assert any(all(stands_in(phrase, row["question"]) for phrase in phrases) for phrases in found), row
 
 
 def test_every_kind_is_in_every_file(asked: dict[str, list[Row]]) -> None:
