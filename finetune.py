@@ -27,6 +27,7 @@ from papagaio.batches.mixture import parse_source
 from papagaio.batches.options import QuestionOptions
 from papagaio.batches.questions import Reader
 from papagaio.errors import UserError, run
+from papagaio.launch import silence_other_ranks
 from papagaio.options import load_toml, option, parse
 from papagaio.report import Report
 from papagaio.training.options import RunOptions
@@ -72,6 +73,7 @@ class FinetuneOptions(RunOptions, QuestionOptions):
 
 
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
+    silence_other_ranks()
     OPTIONS = parse(FinetuneOptions, doc=__doc__)
 
 import torch
@@ -79,7 +81,7 @@ import torch
 from model import GPT, GPTConfig
 from papagaio import kernels, runtime
 from papagaio.batches import preferences
-from papagaio.batches.conversations import ROLE_TOKENS, Conversation
+from papagaio.batches.conversations import Conversation
 from papagaio.batches.examples import Data, read_data, sides
 from papagaio.batches.packing import ConversationLoader, Example, evaluation_batches, fingerprint
 from papagaio.batches.preferences import Pair, PairLoader
@@ -89,19 +91,22 @@ from papagaio.corpus.dataset import Dataset
 from papagaio.evaluation import answer_questions, endings, evaluate_loss, exact_match_line, exact_match_table
 from papagaio.generation.engine import Engine
 from papagaio.runs.checkpoint import Checkpoint, contents, model_maker, write_checkpoint
-from papagaio.runs.directory import locked, open_checkpoint, refuse_taken
+from papagaio.runs.directory import locked, open_checkpoint, refuse_taken, restarted
 from papagaio.terminal import colours
-from papagaio.tokenizer import END, Tokenizer
+from papagaio.tokenizer import Tokenizer
 from papagaio.training import lora
 from papagaio.training.dry_run import dry_run
 from papagaio.training.metrics import read_metrics
+from papagaio.training.parallel import ALONE, World, together
 from papagaio.training.progress import Identity
+from papagaio.training.sharding import is_sharded, place
 from train import fit
 
 
-def main(config: FinetuneOptions) -> None:
+def main(config: FinetuneOptions, world: World = ALONE) -> None:
+    config = restarted(config, world)
     if not config.dry_run and config.preview is None:
-        refuse_taken(config)
+        world.on_rank_0(partial(refuse_taken, config))
     checkpoint = open_checkpoint(config.init_from, config.base)
     checkpoint.outline(model_maker(GPT, GPTConfig))  # refuses a model.json that the weights do not fit
     tokenizer, block_size = checkpoint.tokenizer, checkpoint.model_fields["block_size"]
@@ -109,6 +114,8 @@ def main(config: FinetuneOptions) -> None:
     tests = {path: reader.conversations(path) for path in config.test_data}
     control = reader.conversations(config.control_data) if config.control_data else []
     data = read_data(config, reader, tokenizer, block_size, config.seed, [row for rows in tests.values() for row in rows])
+    # Rows need not be as wide as a large context: 1,024 tokens, or the longest example.
+    block_size = min(block_size, max(1024, *(side.length for side in sides([*data.training, *data.validation]))))
     if config.preview is not None:
         for example in data.training[: config.preview]:
             print(marked(example, tokenizer, colours(sys.stdout)))
@@ -120,8 +127,8 @@ def main(config: FinetuneOptions) -> None:
     config = complete_options(config, checkpoint, data)
     base_text = Dataset(config.replay_data) if config.replay_data else pretraining_data(checkpoint)
     replay, replay_validation = open_replay(config, base_text, tokenizer, block_size, data)
-    unseen = [] if checkpoint.is_chat else [tokenizer.special[name] for name in (*ROLE_TOKENS.values(), END)]
-    device = runtime.pick_device(config.device)
+    unseen = [] if checkpoint.is_chat else tokenizer.template_tokens
+    device = world.pick_device(config.device)
     dtype = runtime.pick_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
     objective = preferences.objective(config.dpo_beta) if data.pairs else likelihood
@@ -136,31 +143,33 @@ def main(config: FinetuneOptions) -> None:
         loader = ConversationLoader(*order, block_size, packing=config.packing, replay=replay)
     if config.dry_run:
         evaluated = sum(item.length for item in data.validation)
-        dry_run(lambda **changes: restrict(make_model(**changes), config, unseen), loader, objective, config, device, evaluated)
+        make, part = lambda **changes: restrict(make_model(**changes), config, unseen), world.share(loader)
+        world.on_rank_0(lambda: dry_run(make, part, objective, config, device, evaluated, ranks=world.size))
         return
     model = make_model()
     checkpoint.load_model(model)
-    kernels.accelerate(restrict(model, config, unseen).to(device))  # here and not only in fit: the reference uses it
+    restrict(model, config, unseen)
+    kernels.accelerate(place(model, config, device, world))  # here and not only in fit: the reference uses it
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     print(f"{trained:,} of {every:,} parameters are trained ({trained / every:.1%}), on {device}", file=sys.stderr)
     engine = Engine(model, tokenizer, dtype, is_chat=True)
-    with locked(config):
+    with world.entering(locked(config)):
         if data.pairs:
             pairs = [*data.training, *data.validation]
-            reference = loader.reference = preferences.reference_log_probabilities(model, pairs, dtype)
+            reference = loader.reference = preferences.reference_log_probabilities(model, pairs, dtype, world=world)
             size, held_out = config.micro_batch_size or config.batch_size, reference[len(data.training) :]
             parts = [slice(i, i + size) for i in range(0, len(data.validation), size)]
             validation = [preferences.collate_pairs(data.validation[part], held_out[part]) for part in parts]
-            measure = partial(preferences.evaluate_pairs, model, validation, config.dpo_beta, dtype)
+            measure = partial(preferences.evaluate_pairs, model, validation, config.dpo_beta, dtype, world)
         else:
             validation = evaluation_batches(data.validation, block_size, config.micro_batch_size or 64, config.packing)
-            measure = partial(evaluate_loss, model, validation, tokenizer, dtype)
+            measure = partial(evaluate_loss, model, validation, tokenizer, dtype, world)
 
         def evaluate() -> dict[str, float]:
             measured = measure()
             if replay_validation is not None:
-                replayed = evaluate_loss(model, replay_validation, tokenizer, dtype)
+                replayed = evaluate_loss(model, replay_validation, tokenizer, dtype, world)
                 measured |= {"replay_val_loss": replayed["val_loss"], "replay_bpb": replayed["val_bpb"]}
             return measured
 
@@ -176,8 +185,10 @@ def main(config: FinetuneOptions) -> None:
             data_sha256=fingerprint(sides(data.training)),
             replay_sha256=replay.datasets[0].sha256 if replay is not None else None,
         )
-        with Prefetch(loader, device) as batches:
-            fit(model, batches, evaluate, preview, tokenizer, config, identity, objective)
+        with Prefetch(world.share(loader), device) as batches:
+            fit(model, batches, evaluate, preview, tokenizer, config, identity, objective, world)
+        if world.rank:
+            return  # rank 0 does the rest
         if config.patience:
             open_checkpoint(config.out_dir).load_model(model)  # the best one
         if config.lora_merge:
@@ -186,7 +197,10 @@ def main(config: FinetuneOptions) -> None:
             final = (config.out_dir / "merged").resolve()  # a link to another disk stays
             write_checkpoint(final, contents(merged, [], result.state), tokenizer)
             print(f"{config.out_dir / 'merged'}: a checkpoint with the adapters added in", file=sys.stderr)
-        report(engine, tests, control, base_text.directory if base_text is not None else None, config)
+        if is_sharded(model):
+            print("no questions are asked, because no process has the whole model: evaluate.py asks them", file=sys.stderr)
+        else:
+            report(engine, tests, control, base_text.directory if base_text is not None else None, config)
 
 
 def complete_options(config: FinetuneOptions, checkpoint: Checkpoint, data: Data) -> FinetuneOptions:
@@ -318,4 +332,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run(main, OPTIONS)
+    run(together(main), OPTIONS)

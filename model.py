@@ -4,7 +4,7 @@
     logits = model(ids)                     # ids (B, T) int64 -> logits (B, T, V)
     loss = model(ids, targets)              # targets (B, T), -100 where nothing is predicted -> mean loss in nats
 
-Shapes: B batch, T time (tokens), C channels (n_embd), H heads, K key-value heads, D head size (C / H), V vocabulary,
+Shapes: B batch, T time (tokens), C channels (n_embd), H heads, K key-value heads, D head size, V vocabulary,
 S tokens of the context (T, or more with a cache).
 """
 
@@ -27,16 +27,22 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int | None = None  # fewer than n_head: grouped-query attention (arXiv:2305.13245); None: n_head
+    head_dim: int | None = None  # channels of a head; None: n_embd / n_head
     n_embd: int = 768  # channels
     position: str = "rope"  # rope (arXiv:2104.09864) | learned | sinusoidal (arXiv:1706.03762, section 3.5) | none
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_scaling: float = 1.0  # Llama 3.1: wavelengths above rope_context are this many times as long (arXiv:2407.21783)
+    rope_context: int = 8192  # tokens
     norm: str = "rmsnorm"  # rmsnorm (arXiv:1910.07467) | layernorm
     norm_affine: bool = False  # norms have weights (and biases, with `bias`)
+    norm_eps: float = 1e-6  # of RMSNorm, added to the mean square; LayerNorm has 1e-5
     embed_norm: bool = True  # norm right after the embedding
     mlp: str = "relu2"  # relu2 (squared ReLU, arXiv:2109.08668) | gelu (tanh form) | swiglu (arXiv:2002.05202)
     mlp_hidden: int | None = None  # width inside the MLP; None: 4 C, and 8/3 C for swiglu, which gives as many parameters
     qk_norm: bool = True  # RMSNorm of queries and keys (arXiv:2302.05442), after the rotation
+    qk_norm_affine: bool = False  # the same before the rotation, with weights (Qwen3)
     bias: bool = False  # in linear layers and norms
+    qkv_bias: bool = False  # in the projections to queries, keys and values (Qwen2)
     tie_embeddings: bool = False  # the head shares the embedding's table
     logit_softcap: float = 15.0  # logits -> cap * tanh(logits / cap) (arXiv:2408.00118); 0: off
     dropout: float = 0.0
@@ -49,29 +55,28 @@ class GPTConfig:
     zero_init: bool = True  # output projections start at zero, so that each block starts as the identity (arXiv:2203.03466)
 
     def __post_init__(self) -> None:
-        values, C, H, K, pattern = vars(self), self.n_embd, self.n_head, self.kv_heads, self.window_pattern
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"):
-            if values[name] is not None and values[name] < 1:
-                raise ValueError(f"{name} must be positive, not {values[name]}")
-        choices = {"position": "rope, learned, sinusoidal, none", "norm": "rmsnorm, layernorm", "mlp": "relu2, gelu, swiglu"}
-        for name, known in choices.items():
-            if values[name] not in known.split(", "):
-                raise ValueError(f"{name} must be one of {known}, not {values[name]!r}")
-        for holds, message in (
-            (C % H == 0, f"n_embd {C} must be divisible by n_head {H}"),
-            (H % K == 0, f"n_head {H} must be divisible by n_kv_head {K}"),
-            (self.position != "rope" or C // H % 2 == 0, f"rotary positions need an even head size, not {C // H}"),
-            (self.position != "sinusoidal" or C % 2 == 0, f"sinusoidal positions need an even n_embd, not {C}"),
-            *((values[n] >= 0, f"{n} must not be negative") for n in ("window_size", "logit_softcap", "value_embed_interval")),
-            (0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}"),
-            (pattern.strip("LS") == "" != pattern, f"window_pattern must consist of the letters L and S, not {pattern!r}"),
-        ):
+        def check(holds: object, message: str) -> None:
             if not holds:
                 raise ValueError(message)
 
+        known = {"position": "rope, learned, sinusoidal, none", "norm": "rmsnorm, layernorm", "mlp": "relu2, gelu, swiglu"}
+        off = {"dropout", "logit_softcap", "norm_eps", "window_size", "bigram_rows", "value_embed_interval"}  # where they are 0
+        for name, value in vars(self).items():
+            if name in known:
+                check(value in known[name].split(", "), f"{name} must be one of {known[name]}, not {value!r}")
+            elif isinstance(value, int | float) and value is not False:
+                check(value > 0 or (value == 0 and name in off), f"{name} must not be {'negative' if value < 0 else value}")
+        C, H, K, D, pattern = self.n_embd, self.n_head, self.kv_heads, self.head_size, self.window_pattern
+        check(C % H == 0 or self.head_dim, f"n_embd {C} must be divisible by n_head {H}")
+        check(H % K == 0, f"n_head {H} must be divisible by n_kv_head {K}")
+        check(self.position != "rope" or D % 2 == 0, f"rotary positions need an even head size, not {D}")
+        check(self.position != "sinusoidal" or C % 2 == 0, f"sinusoidal positions need an even n_embd, not {C}")
+        check(self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        check(pattern.strip("LS") == "" != pattern, f"window_pattern must consist of the letters L and S, not {pattern!r}")
+
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
@@ -94,6 +99,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         **dict(position="learned", norm="layernorm", norm_affine=True, embed_norm=False, mlp="gelu", qk_norm=False, bias=True),
         **dict(tie_embeddings=True, logit_softcap=0.0, zero_init=False),
     ),
+    # Llama (arXiv:2302.13971), and its family: Llama 3, SmolLM2, Qwen; the format that other tools read best
+    "llama": dict(norm_affine=True, embed_norm=False, mlp="swiglu", qk_norm=False, logit_softcap=0.0, zero_init=False),
     # modern, and what pays beyond it for models of this size (LOG.md, 2026-11-23); has no counterpart in Hugging Face.
     "frontier": dict(attention_scale=1.2, smear=True, bigram_rows=16384, value_embed_interval=2, window_pattern="SL"),
 }
@@ -112,7 +119,7 @@ class Module(nn.Module):
     """Base of the modules below. Its operations are the seam for faster equivalents of the same values and gradients: setting
     these attributes on every module switches them on, as papagaio/kernels.py does before the model is compiled."""
 
-    rms_norm: Callable[..., Tensor] = staticmethod(lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6))
+    rms_norm: Callable[..., Tensor] = staticmethod(lambda x, eps=1e-6: F.rms_norm(x, x.shape[-1:], eps=eps))
     squared_relu: Callable[..., Tensor] = staticmethod(lambda x: F.relu(x).square())
     project: Callable[..., Tensor] = staticmethod(lambda x, *layers: torch.cat([layer(x) for layer in layers], dim=-1))
 
@@ -141,15 +148,20 @@ class Module(nn.Module):
         return losses if weights is None else (losses * weights).sum()
 
 
-class Norm(Module):  # RMSNorm without weights
+class RMSNorm(Module):
+    def __init__(self, size: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(size)) if affine else None
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.rms_norm(x)
+        y = self.rms_norm(x, self.eps)
+        return y if self.weight is None else y * self.weight
 
 
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "layernorm":
         return nn.LayerNorm(c.n_embd, elementwise_affine=c.norm_affine, bias=c.bias)
-    return nn.RMSNorm(c.n_embd, eps=1e-6) if c.norm_affine else Norm()
+    return RMSNorm(c.n_embd, c.norm_eps, c.norm_affine)
 
 
 class Attention(Module):
@@ -158,29 +170,31 @@ class Attention(Module):
 
     def __init__(self, c: GPTConfig, value_embed: bool) -> None:
         super().__init__()
-        self.config, kv_size = c, c.kv_heads * c.head_size
-        self.q, self.k, self.v = (nn.Linear(c.n_embd, size, bias=c.bias) for size in (c.n_embd, kv_size, kv_size))
-        self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.config, q_size, kv_size = c, c.n_head * c.head_size, c.kv_heads * c.head_size
+        self.q, self.k, self.v = (nn.Linear(c.n_embd, n, c.bias or c.qkv_bias) for n in (q_size, kv_size, kv_size))
+        self.q_norm, self.k_norm = (RMSNorm(c.head_size, c.norm_eps, True) if c.qk_norm_affine else None for _ in "qk")
+        self.proj = nn.Linear(q_size, c.n_embd, c.bias)
         self.value_embed = nn.Embedding(c.padded_vocab_size, kv_size) if value_embed else None
         self.value_gate = nn.Parameter(torch.empty(c.kv_heads, GATE_CHANNELS)) if value_embed else None
 
     def forward(self, x: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], mask: Any, cache: Any) -> Tensor:
-        c, (B, T, C), H, K, D = self.config, x.shape, self.config.n_head, self.config.kv_heads, self.config.head_size
+        c, (B, T, _), H, K, D = self.config, x.shape, self.config.n_head, self.config.kv_heads, self.config.head_size
         qkv = self.project(x, self.q, self.k, self.v).view(B, T, H + 2 * K, D)
         qk, v = qkv.split((H + K, K), dim=2)  # (B, T, H + K, D), (B, T, K, D)
         if self.value_embed is not None:
             gate = 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], self.value_gate))  # (B, T, K), 1 for x = 0
             v = v + gate[..., None] * self.value_embed(ids).view(B, T, K, D).to(v.dtype)
+        if self.q_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
         if c.position == "rope":
             qk = rotate(qk, *rope)
-        qk = self.rms_norm(qk) if c.qk_norm else qk
+        qk = self.rms_norm(qk, c.norm_eps) if c.qk_norm else qk
         qk = qk * c.attention_scale if c.attention_scale != 1 else qk
-        q, k = qk.split((H, K), dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D)
+        q, k, v = (x.transpose(1, 2) for x in (*qk.split((H, K), dim=2), v))  # (B, H, T, D), (B, K, T, D)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, D), with the tokens before
         y = self.attention(q, k, v, mask, c.dropout if self.training else 0.0)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
 
 class MLP(Module):
@@ -219,8 +233,7 @@ class PreviousToken(nn.Module):
 
     def __init__(self, c: GPTConfig) -> None:
         super().__init__()
-        self.none = c.vocab_size  # the id that stands for "no previous token"
-        pairs = self.none * (self.none + 1)
+        self.none, pairs = c.vocab_size, c.vocab_size * (c.vocab_size + 1)  # none: the id for "no previous token"
         self.rows = min(c.bigram_rows, pairs)  # every pair has a row of its own, or a hash chooses one
         self.stride = self.none if self.rows == pairs else 0x9E3779B1
         self.smear_gate = nn.Parameter(torch.empty(1, GATE_CHANNELS)) if c.smear else None
@@ -258,7 +271,11 @@ class GPT(Module):
         # Radians per token; not saved, so they have values on the meta device as well.
         size = {"rope": c.head_size, "sinusoidal": c.n_embd}.get(c.position, 0)
         steps = torch.arange(0, size, 2, device="cpu" if self.embed.weight.is_meta else None)
-        self.register_buffer("frequencies", c.rope_theta ** -(steps / max(size, 1)), persistent=False)
+        frequencies = c.rope_theta ** -(steps / max(size, 1))
+        if c.rope_scaling != 1:  # 4 turns within rope_context and more stay, 1 turn and less is stretched
+            kept = ((frequencies * c.rope_context / (2 * math.pi) - 1) / 3).clamp(0, 1)
+            frequencies = frequencies * (kept + (1 - kept) / c.rope_scaling)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         if not self.embed.weight.is_meta:
             self.init_weights()
 
@@ -266,17 +283,16 @@ class GPT(Module):
     def init_weights(self) -> None:
         """With zero_init: embedding N(0, 1), matrices N(0, 1/fan_in), output projections 0, head N(0, 0.001^2). Without: GPT-2's
         N(0, 0.02^2), output projections divided by sqrt(2 n_layer). What `frontier` adds starts with little or no effect."""
-        c, roles, zero = self.config, self.parameter_roles(), self.config.zero_init
-        stds = {"head": 0.001 if zero else 0.02, "value_table": c.n_embd**-0.5, "bigram_table": 0.0}
-        stds["table"] = 1.0 if zero and not c.tie_embeddings else 0.02
+        c, zero = self.config, self.config.zero_init
+        table = 1.0 if zero and not c.tie_embeddings else 0.02
+        stds = {"embed": table, "pos_embed": table, "value_embed": c.n_embd**-0.5, "bigram_embed": 0.0}
+        stds |= {"head": 0.001, "proj": 0.0} if zero else {"proj": 0.02 / math.sqrt(2 * c.n_layer)}
         for name, p in self.named_parameters():
-            std, proj = stds.get(roles[name]), name.endswith(".proj.weight")
-            if roles[name] == "matrix":
-                std = (0.0 if proj else p.size(1) ** -0.5) if zero else 0.02 / (math.sqrt(2 * c.n_layer) if proj else 1)
-            if std is not None:
-                p.normal_(std=std) if std else p.zero_()
-            elif name.endswith("_gate"):
+            if name.endswith("_gate"):
                 p.uniform_(0, 0.02)
+            elif p.ndim == 2:
+                std = stds.get(name.split(".")[-2], p.size(1) ** -0.5 if zero else 0.02)
+                p.normal_(std=std) if std else p.zero_()
             elif not name.endswith(".weight"):  # biases and scales; the weights of norms are 1 already
                 p.zero_()
 
@@ -332,19 +348,3 @@ class GPT(Module):
         logits = (F.linear(x, self.embed.weight) if self.head is None else self.head(x))[..., : self.config.vocab_size]
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
-
-    def parameter_roles(self) -> dict[str, str]:
-        """The role of each parameter: matrix, table, value_table, bigram_table, head, gate or vector (norms and biases)."""
-        known = dict(_gate="gate", _scale="gate", value_="value_table", bigram_="bigram_table", embed="table", head="head")
-        roles = {}
-        for name, p in self.named_parameters():
-            role = next((role for part, role in known.items() if part in name), "matrix")
-            roles[name] = role if p.ndim == 2 or role == "gate" else "vector"
-        return roles
-
-    def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token (PaLM, arXiv:2204.02311, appendix B): 6 per weight of the matrices and
-        the head, and 12 C per token attended to in each layer, T or the window. The causal half is not subtracted."""
-        c, T, roles = self.config, self.config.block_size, self.parameter_roles()
-        matrices = sum(p.numel() for name, p in self.named_parameters() if roles[name] == "matrix")
-        return 6 * (matrices + c.padded_vocab_size * c.n_embd) + 12 * c.n_embd * sum(min(w or T, T) for w in c.windows)

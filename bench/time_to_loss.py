@@ -32,7 +32,6 @@ import pyarrow.parquet as pq
 from papagaio.corpus.dataset import Dataset
 from papagaio.errors import UserError, run
 from papagaio.options import Options, option, parse
-from papagaio.tokenizer import END_OF_TEXT
 from papagaio.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +143,7 @@ def nanochat(checkout: Path, folder: Path) -> dict[str, Any]:
         parquet.mkdir(parents=True)
         for split, name in (("train", "shard_00000.parquet"), ("val", "shard_00001.parquet")):  # the last file is held out
             tokens = np.concatenate(dataset.shards(split))
-            starts = np.flatnonzero(tokens == dataset.tokenizer.special[END_OF_TEXT])[1:]
+            starts = np.flatnonzero(tokens == dataset.tokenizer.start)[1:]
             texts = [dataset.tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts)]
             pq.write_table(pa.table({"text": texts}), parquet / name, row_group_size=64)
         python("-m scripts.tok_train --vocab-size=4096")

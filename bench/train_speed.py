@@ -35,6 +35,7 @@ from papagaio.batches.windows import WindowLoader, likelihood
 from papagaio.corpus.dataset import Dataset
 from papagaio.errors import UserError, run
 from papagaio.options import Options, option, parse
+from papagaio.training.metrics import flops_per_token
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions
 from papagaio.training.progress import Progress
@@ -104,7 +105,7 @@ def main(config: TrainSpeedOptions) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     reference = min((value for name, value in medians.items() if name.startswith("nano")), default=None)
     peak = runtime.peak_flops(device)
-    flops = GPT(model_config(config, "gpt2", dataset)).flops_per_token()
+    flops = flops_per_token(GPT(model_config(config, "gpt2", dataset)))
     for name, value in medians.items():
         mfu = f"  MFU {tokens / value * flops / peak:.3f}" if peak else ""
         ratio = f"  {reference / value:5.2f} of the peers' best" if reference else ""

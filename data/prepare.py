@@ -158,7 +158,7 @@ def existing_tokenizer(config: PrepareOptions) -> Tokenizer:
         return gpt2_tokenizer(config.ranks)
     if Path(config.tokenizer).is_dir():
         return load_tokenizer(tokenizer_directory(Path(config.tokenizer)))
-    raise UserError(f"--tokenizer={config.tokenizer}: neither byte, char, bpe, gpt2 nor a directory with a tokenizer")
+    raise UserError(f"--tokenizer={config.tokenizer}: neither byte, char, bpe, gpt2 nor a directory with a tokenizer or a run")
 
 
 def tokenizer_directory(path: Path) -> Path:

@@ -81,8 +81,9 @@ def show_any_character() -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get the memory it asked for, on a GPU (torch.OutOfMemoryError) or a CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether torch could not get the memory it asked for, on a GPU (torch.OutOfMemoryError, or cuBLAS for itself) or a CPU."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
 
 
 def catch_signals(handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:

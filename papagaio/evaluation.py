@@ -27,33 +27,36 @@ from papagaio.generation.engine import Engine
 from papagaio.report import Report
 from papagaio.runtime import autocast, evaluating
 from papagaio.terminal import progress
-from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
+from papagaio.tokenizer import Tokenizer
+from papagaio.training.parallel import ALONE, World
 
 Shots = Sequence[Conversation]  # questions with answers that a base model is shown before a question
 Question = tuple[list[int], list[int]]  # ids of the prompt and of the right answer
 
 
-@torch.inference_mode()
-def evaluate_loss(model: nn.Module, batches: Iterable[Batch], tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, float]:
+@torch.no_grad()  # inference mode would spoil the parameters that FSDP puts together
+def evaluate_loss(
+    model: nn.Module, batches: Iterable[Batch], tokenizer: Tokenizer, dtype: torch.dtype, world: World = ALONE
+) -> dict[str, float]:
     """val_loss: mean nats per predicted token. val_bpb: bits per UTF-8 byte of the text that these tokens spell; special tokens
-    spell none, so their bits are not counted. Raises UserError if there is no token to predict."""
+    spell none, so their bits are not counted. Several ranks share the batches out, and all return the same figures. Raises
+    UserError if there is no token to predict."""
     device = next(model.parameters()).device
-    lengths = torch.tensor(tokenizer.byte_lengths, device=device)
-    nats = text_nats = torch.zeros((), dtype=torch.float64, device=device)
-    predicted = n_bytes = 0
-    for batch in progress(batches, "batches of text"):
+    lengths = torch.tensor(tokenizer.byte_lengths, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats of all and of text, predicted tokens, their bytes
+    for batch, counts in world.deal(progress(batches, "batches of text")):
         ids, targets, weights, doc_ids = batch.to(device)
         with evaluating(model), autocast(device, dtype):
             losses = model(ids, targets, doc_ids=doc_ids, reduction="none").double()  # (B, T)
-        counted = weights > 0
-        spelled = torch.where(counted, lengths[targets.clamp_min(0)], 0)  # (B, T) bytes of each target
-        nats = nats + losses[counted].sum()
-        text_nats = text_nats + losses[spelled > 0].sum()
-        predicted += int(counted.sum())
-        n_bytes += int(spelled.sum())
+        counted = (weights > 0) & counts
+        spelled = lengths[targets.clamp_min(0)] * counted  # (B, T) bytes of each target
+        text = losses.where(spelled > 0, 0)
+        # Nothing of it waits for a GPU: what a mask selects has a shape that is not known before.
+        sums += torch.stack([losses.where(counted, 0).sum(), text.sum(), counted.sum(), spelled.sum()])
+    nats, text_nats, predicted, n_bytes = world.sum_(sums.cpu()).tolist()
     if not predicted:
         raise UserError("there is no text to measure")
-    return {"val_loss": float(nats) / predicted, "val_bpb": float(text_nats) / math.log(2) / max(1, n_bytes)}
+    return {"val_loss": nats / predicted, "val_bpb": text_nats / math.log(2) / max(1, n_bytes)}
 
 
 def text_batches(
@@ -64,7 +67,7 @@ def text_batches(
     def windows() -> Iterator[np.ndarray]:
         stream = np.zeros(0, np.int64)
         for text, first in fragments:
-            begin = np.array([tokenizer.special[END_OF_TEXT]] * first, np.int64)
+            begin = np.array([tokenizer.start] * first, np.int64)
             stream = np.concatenate((stream, begin, tokenizer.encode_array(text)), dtype=np.int64)
             while len(stream) > block_size:
                 yield stream[: block_size + 1]
@@ -80,9 +83,9 @@ def text_batches(
 def dataset_texts(dataset: Dataset) -> Iterator[tuple[str, bool]]:
     """The validation split as text, in pieces for `text_batches`: to measure it with another tokenizer."""
     ids = np.concatenate([np.array([], dataset.dtype), *dataset.shards("val")])
-    begins = np.flatnonzero(ids == dataset.tokenizer.special[END_OF_TEXT])
+    begins = np.flatnonzero(ids == dataset.tokenizer.start)
     for document in np.split(ids, begins):
-        first = len(document) > 0 and document[0] == dataset.tokenizer.special[END_OF_TEXT]
+        first = len(document) > 0 and document[0] == dataset.tokenizer.start
         yield dataset.tokenizer.decode(document[int(first) :].tolist()), bool(first)
 
 
@@ -153,12 +156,12 @@ def question_ids(tokenizer: Tokenizer, conversation: Conversation, shots: Shots 
     with located(conversation.place):
         if shots is None:
             prompt = render_prompt(tokenizer, conversation.messages[:-1])
-            return prompt, [*tokenizer.encode(conversation.answer), tokenizer.special[END]]
+            return prompt, [*tokenizer.encode(conversation.answer), tokenizer.answer_end]
         answer = tokenizer.encode(f"{conversation.answer}\n")
         question = "".join(f"{message.content}\n" for message in conversation.messages[:-1])
         texts = ["".join(f"{message.content}\n" for message in shot.messages) + "\n" for shot in shots]
         while True:
-            prompt = [tokenizer.special[END_OF_TEXT], *tokenizer.encode("".join(texts) + question)]
+            prompt = [tokenizer.start, *tokenizer.encode("".join(texts) + question)]
             if len(prompt) + max(room, len(answer)) <= block_size or not texts:
                 return prompt, answer
             del texts[0]
@@ -193,7 +196,7 @@ def answer_questions(
     ]
     # The token after a full context can still be predicted.
     room = [min(max(limits), block_size + 1 - len(prompt)) for prompt, _ in asked]
-    end = tokenizer.special[END if shots is None else END_OF_TEXT]
+    end = tokenizer.answer_end if shots is None else tokenizer.start
     # Prompts of similar length together, so that little is computed for padding.
     order = sorted((i for i in range(len(asked)) if room[i] > 0), key=lambda i: len(asked[i][0]))
     answers: dict[int, list[int]] = {}

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the target that is not predicted
-CHUNK = 2**19  # logits that are computed at a time: 2 MiB, which stay in a CPU's cache
+CPU_LOGITS = 2**19  # that are computed at a time: 2 MiB, which stay in a CPU's cache
+CPU_ROWS = 32  # but at least those of this many tokens: each piece adds to the gradient of the whole table
+GPU_ROWS = 2**13  # rows whose logits are computed at a time: enough for fast products, 0.8 GB in bfloat16 for GPT-2's vocabulary
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -42,16 +44,16 @@ class RMSNorm(torch.autograd.Function):
     """F.rms_norm on a CPU is a chain of small operations, and so is its gradient: this one takes a quarter of the time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(1e-6).rsqrt_()
+    def forward(ctx: Any, x: Tensor, eps: float = 1e-6) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
-        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale), None
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -125,7 +127,7 @@ def _flex() -> tuple[Any, Any]:
 
 
 def next_token_loss(model: Any, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """Head, soft-cap and cross-entropy, CHUNK logits at a time: all logits of a batch would take most of the memory."""
+    """Head, soft-cap and cross-entropy, some rows at a time: all logits of a batch would take most of the memory."""
     vocab_size, cap = model.config.vocab_size, model.config.logit_softcap
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -136,7 +138,8 @@ def next_token_loss(model: Any, x: Tensor, targets: Tensor, weights: Tensor | No
     if weights is not None and torch.is_grad_enabled() and (rows.requires_grad or table.requires_grad):
         return _loss_and_gradients(rows, table, flat, weights.flatten(), vocab_size, cap, dtype, table.requires_grad)[0]
     if torch.is_grad_enabled() and rows.requires_grad:
-        pieces = zip(rows.split(_chunk_rows(vocab_size)), flat.split(_chunk_rows(vocab_size)), strict=True)
+        size = chunk_rows(rows.device, vocab_size)
+        pieces = zip(rows.split(size), flat.split(size), strict=True)
         parts = [checkpoint(_losses, *piece, table, vocab_size, cap, dtype, use_reentrant=False) for piece in pieces]
         losses = torch.cat(parts).view_as(targets)
     else:
@@ -144,12 +147,15 @@ def next_token_loss(model: Any, x: Tensor, targets: Tensor, weights: Tensor | No
     return losses if weights is None else (losses * weights).sum()
 
 
-def _chunk_rows(vocab_size: int) -> int:
-    return max(1, CHUNK // vocab_size)
+def chunk_rows(device: torch.device, vocab_size: int) -> int:
+    """Rows whose logits `next_token_loss` has in memory at a time."""
+    return GPU_ROWS if device.type == "cuda" else max(CPU_ROWS, CPU_LOGITS // vocab_size)
 
 
 def _losses(rows: Tensor, targets: Tensor, table: Tensor, vocab_size: int, cap: float, dtype: torch.dtype) -> Tensor:
     """Nats (N,) of targets (N,) after hidden states rows (N, C); 0 for ignored targets."""
+    if rows.device.type == "cuda":
+        return _fused()(F.linear(rows.to(dtype), table.to(dtype)), targets, None, vocab_size, cap)[0]
     logits = F.linear(rows.to(dtype), table[:vocab_size].to(dtype)).float()
     if cap:
         logits = torch.tanh(logits / cap) * cap
@@ -157,10 +163,37 @@ def _losses(rows: Tensor, targets: Tensor, table: Tensor, vocab_size: int, cap: 
     return (logits.logsumexp(-1, keepdim=True) - logits.gather(1, target)).squeeze(1).masked_fill(targets == IGNORED, 0)
 
 
+def losses_and_gradient(
+    products: Tensor, targets: Tensor, weights: Tensor | None, vocab_size: int, cap: float
+) -> tuple[Tensor, Tensor | None]:
+    """Nats (N,) of targets (N,) given products (N, padded V) of hidden states and head, before the soft-cap; and, given weights
+    (N,), the gradient of the weighted sum by the products, in their dtype.
+
+    For torch.compile, which makes one kernel of it per result: the logits are read three times and the gradient is written once.
+    Columns beyond the vocabulary count as -inf: cutting them off would give the matrix products an odd size, which is slow.
+    """
+    columns = torch.arange(products.size(1), device=products.device)
+    x = products.float()
+    tanh = torch.tanh(x / cap) if cap else x
+    logits = torch.where(columns < vocab_size, tanh * cap if cap else x, -math.inf)
+    total, ignored = logits.logsumexp(-1, keepdim=True), targets == IGNORED  # (N, 1), (N,)
+    hit = columns == targets[:, None]
+    losses = (total.squeeze(1) - torch.where(hit, logits, 0).sum(1)).masked_fill(ignored, 0)
+    if weights is None:
+        return losses, None
+    grad = ((logits - total).exp() - hit.float()) * weights.masked_fill(ignored, 0)[:, None]
+    return losses, (grad * (1 - tanh.square()) if cap else grad).to(products.dtype)
+
+
+@functools.cache
+def _fused() -> Any:
+    return torch.compile(losses_and_gradient)
+
+
 # Custom operators, so that torch.compile sees one operation each: it would unroll their loops, or break the graph at them.
 @torch.library.custom_op("papagaio::losses", mutates_args=())
 def _all_losses(rows: Tensor, table: Tensor, targets: Tensor, vocab_size: int, cap: float, dtype: torch.dtype) -> Tensor:
-    size = _chunk_rows(vocab_size)
+    size = chunk_rows(rows.device, vocab_size)
     pieces = zip(rows.split(size), targets.split(size), strict=True)
     return torch.cat([_losses(*piece, table, vocab_size, cap, dtype) for piece in pieces])
 
@@ -179,31 +212,39 @@ def _loss_and_gradients(
 
     The gradient of a weighted sum needs nothing from later operations but a factor, so it is computed along with the loss.
     """
-    head = table[:vocab_size].to(dtype)  # (V, C)
+    on_gpu = rows.device.type == "cuda"
+    head = (table if on_gpu else table[:vocab_size]).to(dtype)  # (V, C); a GPU is slow at odd sizes
     largest = weights.max().clamp_min(1e-30)  # multiplied at the end: a gradient of 1 / (B T) is too small for float16
     weights = weights / largest
     losses, grad_rows = torch.empty(len(rows), device=rows.device), torch.empty_like(rows)
     grad_table = torch.zeros_like(table) if trained else table.new_empty(0)  # a frozen head needs none
-    size = _chunk_rows(vocab_size)
+    size, differentiate = chunk_rows(rows.device, vocab_size), _fused() if on_gpu else _losses_and_gradient_in_place
     for part in (slice(i, i + size) for i in range(0, len(rows), size)):
-        xi, ignored = rows[part].to(dtype), targets[part] == IGNORED
-        target = targets[part].clamp_min(0)[:, None]  # (n, 1)
-        logits = F.linear(xi, head).float()  # (n, V)
-        if cap:
-            tanh = logits.div_(cap).tanh_()
-            logits = tanh * cap
-        total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-        losses[part] = (total - logits.gather(1, target)).squeeze(1).masked_fill(ignored, 0)
-        grad = logits.sub_(total).exp_()  # probabilities, and 1 less at the target: the gradient by the logits
-        grad.scatter_add_(1, target, torch.full_like(total, -1)).mul_(weights[part].masked_fill(ignored, 0)[:, None])
-        if cap:
-            grad.mul_(tanh.square_().neg_().add_(1))
-        grad = grad.to(dtype)
+        xi = rows[part].to(dtype)
+        losses[part], grad = differentiate(F.linear(xi, head), targets[part], weights[part], vocab_size, cap)
         grad_rows[part] = grad @ head
         if trained:
-            grad_table[:vocab_size] += grad.T @ xi
+            grad_table[: len(head)] += grad.T @ xi
     loss = (losses * weights).sum() * largest  # a dot product would be rounded to bfloat16 under autocast
     return loss, grad_rows, grad_table, largest
+
+
+def _losses_and_gradient_in_place(
+    products: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float
+) -> tuple[Tensor, Tensor]:
+    """losses_and_gradient of products (N, V), for a CPU: uncompiled, in few passes over memory that stays in the cache."""
+    ignored, target = targets == IGNORED, targets.clamp_min(0)[:, None]  # (N,), (N, 1)
+    logits = products.float()
+    if cap:
+        tanh = logits.div_(cap).tanh_()
+        logits = tanh * cap
+    total = logits.logsumexp(-1, keepdim=True)  # (N, 1)
+    losses = (total - logits.gather(1, target)).squeeze(1).masked_fill(ignored, 0)
+    grad = logits.sub_(total).exp_()  # probabilities, and 1 less at the target: the gradient by the logits
+    grad.scatter_add_(1, target, torch.full_like(total, -1)).mul_(weights.masked_fill(ignored, 0)[:, None])
+    if cap:
+        grad.mul_(tanh.square_().neg_().add_(1))
+    return losses, grad.to(products.dtype)
 
 
 @_loss_and_gradients.register_fake

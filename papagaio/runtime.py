@@ -70,6 +70,31 @@ def compile_in_place(model: torch.nn.Module, device: torch.device) -> None:
         model.compile()
 
 
+def compilation_notice() -> str:
+    """What the compiler could not do, once for each reason, in the steps since the last call; empty if all is one graph.
+
+    torch keeps silent about breaks, and after eight kinds of input it runs the model uncompiled: a step is then several times
+    slower.
+    """
+    from torch._dynamo.utils import counters
+
+    breaks = {str(reason).splitlines()[0] for reason in counters["graph_break"]}
+    failed = counters["frames"]["total"] - counters["frames"]["ok"]
+    found = breaks | ({f"{failed} functions run uncompiled"} if failed else set())
+    new = sorted(found - _noticed)
+    _noticed.update(found)
+    return f"the compiled step is not one graph, and slower than it could be: {'; '.join(new)}" if new else ""
+
+
+_noticed: set[str] = set()
+
+
+def be_deterministic() -> None:
+    """Have torch take only algorithms that give the same bits each time: on a GPU, sums of attention's gradient and cuBLAS."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def why_not_compiled(device: torch.device) -> str:
     """The reason why torch's compiler does not work on this machine; empty if it works."""
     try:
@@ -128,10 +153,17 @@ class Stopped(BaseException):
 
 class StopSignal:
     """While active, the first of errors.STOP_SIGNALS is stored in `received`: training finishes its step and saves. A second
-    signal ends the process at once; checkpoints on the disk are whole at any moment."""
+    signal ends the process at once; checkpoints on the disk are whole at any moment.
+
+    One of several processes keeps the signal in `noted`, until all have agreed on the step: TrainingStep then sets `received`. A
+    second signal is ignored, because launchers send the first one again."""
 
     received: int | None = None
+    noted: int | None = None
     raises = False
+
+    def __init__(self, alone: bool = True) -> None:
+        self.alone = alone
 
     def __enter__(self) -> Self:
         self.before = catch_signals(self._note)
@@ -144,13 +176,16 @@ class StopSignal:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """For work that changes nothing permanent: a signal breaks it off immediately. Raises Stopped."""
-        self.raises = True
+        self.raises = self.alone
         if self.received is not None:
             raise Stopped
         yield
         self.raises = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.noted = self.noted or number
+        if not self.alone:
+            return
         if self.received is not None:
             os._exit(128 + number)  # without waiting for anything
         self.received = number

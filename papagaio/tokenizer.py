@@ -1,4 +1,4 @@
-"""Text <-> token ids: bytes, characters, or byte-pair encoding run by tiktoken.
+"""Text <-> token ids: bytes, characters, byte-pair encoding run by tiktoken, or a released model's own tokenizer.
 
     tokenizer = train_bpe(["to be or not to be"], vocab_size=300)
     tokenizer.encode("to be")            -> [258, 264], say; never a special token, whatever the text spells
@@ -7,7 +7,8 @@
     tokenizer.special["<|endoftext|>"]   -> 295, an id that no text encodes to
     save_tokenizer(tokenizer, path); load_tokenizer(path)
 
-Every tokenizer reserves the same five special tokens, so that fine-tuning never changes the vocabulary.
+Every tokenizer that is made here reserves the same five special tokens, so that fine-tuning never changes the vocabulary. That of
+a released model keeps its own special tokens and its own chat template.
 """
 
 import base64
@@ -16,7 +17,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|assistant|>",
     "<|end|>",  # ends a message
 )
+# The chat template of our own models: what stands between two contents, by the roles before and after ("": the end of the text).
+OWN_TEMPLATE = {
+    **{f">{role}": f"{END_OF_TEXT}<|{role}|>" for role in ("system", "user", "assistant")},
+    **{f"{role}>{after}": f"{END}<|{after}|>" for role in ("system", "user", "assistant") for after in ("user", "assistant")},
+    **{f"{role}>": END for role in ("system", "user", "assistant")},
+}
 
 # Byte-pair merges stay inside the words that these match: GPT-2's pattern (openai/gpt-2, src/encoder.py), and GPT-4's, which
 # groups digits by one to three (tiktoken's cl100k_base).
@@ -50,15 +57,40 @@ GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 class Tokenizer(ABC):
     """Base class. Ids 0 to n - 1 are ordinary tokens; `special` maps the special tokens to the ids that follow.
 
-    `vocab_size` counts all of them. `pattern` is the regular expression of words, None if there is none.
+    `vocab_size` counts all of them. `pattern` is the regular expression of words, None if there is none. `start` is the token
+    that begins a document, `ends` are those at which a completion ends.
     """
 
     kind: str
     pattern: str | None = None
+    template: dict[str, str] | None = OWN_TEMPLATE  # None: the model is not for conversations
+    trims: Sequence[str] = ()  # roles whose contents lose the blanks around them in the chat template
 
     def __init__(self, n_ordinary: int) -> None:
         self.special = {name: n_ordinary + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.vocab_size = n_ordinary + len(SPECIAL_TOKENS)
+        self.start, self.ends = self.special[END_OF_TEXT], {self.special[END_OF_TEXT], self.special[END]}
+
+    def joint(self, before: str, after: str) -> list[str | int]:
+        """What the chat template puts between the contents of two roles: ids of special tokens, and ordinary text. "" stands for
+        the beginning and the end of a conversation. Raises UserError if the template knows no such place."""
+        text = (self.template or {}).get(f"{before}>{after}")
+        if text is None:
+            place = f"{after} after {before or 'nothing'}" if after else f"the end after {before}"
+            raise UserError(f"this model's chat template does not provide for {place}" if self.template else NO_TEMPLATE)
+        names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        return [self.special.get(part, part) for part in re.split(f"({names})", text) if part]
+
+    @property
+    def answer_end(self) -> int:
+        """The special token that ends an answer."""
+        return next(piece for piece in self.joint("assistant", "") if isinstance(piece, int))
+
+    @property
+    def template_tokens(self) -> list[int]:
+        """The special tokens of the chat template, but for the one that begins a document."""
+        pairs = (key.split(">") for key in self.template or {})
+        return sorted({piece for pair in pairs for piece in self.joint(*pair) if isinstance(piece, int)} - {self.start})
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -174,6 +206,71 @@ class BPETokenizer(Tokenizer):
         return super().describe() | {"ranks_sha256": hashlib.sha256(self.ranks_text).hexdigest()}
 
 
+class ReleasedTokenizer(Tokenizer):
+    """A released model's own tokenizer, run by Hugging Face's `tokenizers`; `text` is that library's tokenizer.json.
+
+    `vocab_size` is the number of rows of the model's table, which may have more of them than there are tokens. `chat` has the
+    chat template: `joints` as OWN_TEMPLATE, `trims`, and `jinja`, from which they were derived (papagaio/formats/template.py).
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, text: str, vocab_size: int, start: int, ends: Iterable[int], chat: dict[str, Any] | None = None) -> None:
+        import tokenizers
+
+        self.text, self.vocab_size, self.start, self.ends, self.chat = text, vocab_size, start, {*ends}, chat
+        self.template, self.trims = (chat["joints"], chat["trims"]) if chat else (None, ())
+        self.backend = tokenizers.Tokenizer.from_str(text)
+        self.backend.encode_special_tokens = True  # as text, which they are not outside of templates
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        added = self.backend.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in sorted(added.items()) if token.special}
+        self._tokens = {i: token for token, i in self.backend.get_vocab().items()}
+        self._literal = {i: token.content.encode() for i, token in added.items()}  # stand for their own spelling
+        self._bytewise = '"ByteLevel"' in text
+        if max(self._tokens, default=0) >= vocab_size:
+            raise UserError(f"the tokenizer has the id {max(self._tokens)}, the model's table only {vocab_size:,} rows")
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> NDArray[np.integer]:
+        """The ids of a part of a corpus. Raises UserError if the tokenizer would put a blank before each part."""
+        if not self._bytewise:
+            raise UserError(
+                "this tokenizer puts a blank before every text; a corpus, which is cut into parts, would get more of them"
+            )
+        return np.concatenate([np.array(self.encode(part), np.uint32) for part in text_chunks(text) or [""]])
+
+    def token_bytes(self, token: int) -> bytes:
+        if token in self._literal or token not in self._tokens:
+            return self._literal.get(token, b"")
+        spelled = self._tokens[token]
+        if self._bytewise:
+            return bytes(BYTE_OF[character] for character in spelled)
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", spelled):
+            return bytes.fromhex(match[1])
+        return spelled.replace("\u2581", " ").encode()
+
+    def describe(self) -> dict[str, Any]:
+        shape = {"vocab_size": self.vocab_size, "start": self.start, "ends": sorted(self.ends)}
+        text = {"huggingface_sha256": hashlib.sha256(self.text.encode()).hexdigest()}
+        return super().describe() | shape | text | {"chat_template": self.chat}
+
+
+def _byte_characters() -> dict[str, int]:
+    """The printable character that stands for each byte in the files of byte-level tokenizers (openai/gpt-2, src/encoder.py)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_characters()
+NO_TEMPLATE = "this model's chat template could not be taken over: complete texts with sample.py instead"
+
+
 class _WordCache(dict[str, bytes]):
     """The ids of words, as the bytes of an uint32 array: most words of a corpus have been seen before.
 
@@ -254,6 +351,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     (directory / "tokenizer.json").write_text(to_json(tokenizer.describe()), encoding="utf-8")
     if isinstance(tokenizer, BPETokenizer):
         (directory / "ranks.tiktoken").write_bytes(tokenizer.ranks_text)
+    if isinstance(tokenizer, ReleasedTokenizer):
+        (directory / "huggingface.json").write_text(tokenizer.text, encoding="utf-8", newline="")
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -274,11 +373,28 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             raise UserError(f"{path}: tiktoken does not accept this pattern: {error}") from None
         if found.get("ranks_sha256") != hashlib.sha256(text).hexdigest():
             raise UserError(f"{directory / 'ranks.tiktoken'}: damaged: its sha256 is not the one in tokenizer.json")
+    elif kind == "huggingface":
+        tokenizer = _load_released(directory / "huggingface.json", found)
     else:
-        raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe or gpt2")
+        raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe, gpt2 or huggingface")
     if to_json(tokenizer.describe()) != read_text(path, cure):  # byte for byte
         raise UserError(f"{path}: does not describe the tokenizer beside it: damaged, or changed by hand")
     return tokenizer
+
+
+def _load_released(path: Path, found: dict[str, Any]) -> ReleasedTokenizer:
+    """The tokenizer in a file of the `tokenizers` library, with the rest of our tokenizer.json. Raises UserError."""
+    try:
+        text = path.read_bytes().decode()
+        if found.get("huggingface_sha256") != hashlib.sha256(text.encode()).hexdigest():
+            raise UserError(f"{path}: damaged: its sha256 is not the one in tokenizer.json")
+        return ReleasedTokenizer(text, *(found[key] for key in ("vocab_size", "start", "ends", "chat_template")))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; this tokenizer needs it") from None
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"{path}: the tokenizers library does not accept it: {error}") from None
 
 
 def _utf8(text: str) -> bytes:

@@ -19,6 +19,7 @@ from papagaio.batches.windows import Batch, likelihood
 from papagaio.errors import UserError
 from papagaio.training.dial import MAX_EPOCHS, Choice, batch_tokens, by_budget, by_depth, matrix_weights, steady_speed
 from papagaio.training.dry_run import memory_parts
+from papagaio.training.metrics import flops_per_token
 from papagaio.training.options import RunOptions
 
 
@@ -50,7 +51,7 @@ def test_weights_are_counted_as_the_model_counts_them() -> None:
     for depth in (1, 3):
         gpt = GPT(GPTConfig(vocab_size=128, block_size=32, n_layer=depth, n_head=depth, n_embd=64 * depth))
         attention = 12 * gpt.config.n_embd * 32 * depth
-        assert 6 * matrix_weights(depth, 128) == gpt.flops_per_token() - attention
+        assert 6 * matrix_weights(depth, 128) == flops_per_token(gpt) - attention
 
 
 def test_batches_grow_with_the_run_from_1024_to_524288() -> None:

@@ -17,14 +17,20 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))  # whose scripts import each other
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = re.compile(r"\b(?:(?:data|bench)/)?\w+\.py\b")
-OTHER_PROGRAMS = {"signal"}  # options of Slurm
-USER_FILES = re.compile(r"[\w./-]+\.(?:jsonl|csv|txt|tiktoken|md)")  # files of the user's that a command line may name
+OTHER_PROGRAMS = {  # options of Slurm, torchrun and lm_eval
+    *("model", "model_args", "tasks"),
+    *("signal", "job_name", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "time", "requeue", "open_mode"),
+    *("kill_on_bad_exit", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"),
+}
+USER_FILES = re.compile(r"[\w./-]+\.(?:jsonl|csv|txt|tiktoken|md|Q4_1\.gguf)")  # files of the user's that a command line may name
 
 
 def options_of(script: str) -> type[Options]:
     """The options class of `data/prepare.py` and the like; of a script without options, a class without any."""
     module = importlib.import_module(script.removesuffix(".py").removeprefix("bench/").replace("/", "."))
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Options)]
+    if script == "export.py":  # each command has its own
+        return type("All", tuple(c for c in classes if c.__module__ == "papagaio.formats.options"), {})
     own = (c for c in classes if c.__module__ == module.__name__ or (script, c.__name__) == ("data/prepare.py", "PrepareOptions"))
     return next(own, Options)
 
@@ -104,7 +110,7 @@ def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.M
     for name in USER_FILES.findall(" ".join([*words, *map(str, values)])):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    read_options(options, words)
+    importlib.import_module("export").parse_command(words) if script == "export.py" else read_options(options, words)
 
 
 def test_a_wrong_option_in_a_command_line_is_seen() -> None:

@@ -42,7 +42,7 @@ def test_an_accelerated_model_has_the_losses_and_gradients_of_the_reference(opti
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("chunk", [1, 97 * 5, 2**20])
 def test_loss_and_gradients_are_torchs(softcap: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    monkeypatch.setattr(kernels, "CPU_LOGITS", chunk)
     gpt = kernels.accelerate(random_model(logit_softcap=softcap))
     ids, targets = random_ids(), random_ids().roll(-1, 1).clone()
     targets[0, :20] = -100
@@ -66,6 +66,22 @@ def test_loss_and_gradients_are_torchs(softcap: float, chunk: int, monkeypatch: 
             assert torch.allclose(ours, torchs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_the_loss_for_a_gpu_is_the_reference(cap: float) -> None:
+    """What a GPU compiles, uncompiled: padded columns do not count, ignored targets have no loss and no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    products = (10 * torch.randn(20, 128, generator=generator)).requires_grad_()  # of which 97 are tokens
+    targets, weights = torch.randint(97, (20,), generator=generator), torch.rand(20, generator=generator)
+    targets[3:6] = -100
+    logits = (cap * torch.tanh(products / cap) if cap else products)[:, :97]
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected @ weights, products)
+    losses, found = kernels.losses_and_gradient(products.detach(), targets, weights, 97, cap)
+    assert torch.allclose(losses, expected, atol=1e-5)
+    assert torch.allclose(found, gradient, atol=1e-6)
+    assert torch.equal(kernels.losses_and_gradient(products.detach(), targets, None, 97, cap)[0], losses)
+
+
 def test_the_loss_of_a_head_with_an_adapter_is_that_of_its_logits() -> None:
     gpt = random_model()
     add_adapters(gpt, ["head", "q"], 3, 6.0)
@@ -86,6 +102,9 @@ def test_the_loss_of_a_head_with_an_adapter_is_that_of_its_logits() -> None:
 def test_functions_with_gradients_of_their_own_are_the_references(name: str) -> None:
     x = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.allclose(getattr(kernels, name)(x), getattr(Module, name)(x))
+    if name == "rms_norm":
+        assert torch.allclose(kernels.rms_norm(x, 0.1), Module.rms_norm(x, 0.1))
+        assert not torch.allclose(kernels.rms_norm(x, 0.1), kernels.rms_norm(x))
     assert torch.autograd.gradcheck(getattr(kernels, name), x)
 
 

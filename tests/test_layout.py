@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("papagaio/**/*.py")]
 LAZY = {
     *("wandb", "prompt_toolkit", "matplotlib", "babel", "transformers", "datasets", "huggingface_hub", "tokenizers"),
-    *("rustbpe", "pooch"),
+    *("rustbpe", "pooch", "gguf", "jinja2"),
 }
 
 
@@ -110,7 +110,7 @@ def test_options_are_checked_without_torch(name: str) -> None:
     [
         *(
             (f"{name} --no_such_option=1", "--no_such_option=1: no such option")
-            for name in ("train.py", "finetune.py", "sample.py", "chat.py", "evaluate.py", "data/prepare.py")
+            for name in ("train.py", "finetune.py", "sample.py", "chat.py", "evaluate.py", "export.py", "data/prepare.py")
         ),
         ("train.py --data=x --out_dir=y --n_embd=30 --n_head=4", "n_embd 30 is not divisible by n_head 4"),
         ("finetune.py --init_from=x --data=nowhere.jsonl --out_dir=y", "nowhere.jsonl: no such file"),
@@ -126,7 +126,9 @@ def test_options_are_refused_before_torch_is_imported(command: str, message: str
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
 
 
-@pytest.mark.parametrize("script", ["train.py", "finetune.py", "sample.py", "chat.py", "evaluate.py", "data/prepare.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "finetune.py", "sample.py", "chat.py", "evaluate.py", "export.py", "data/prepare.py"]
+)
 def test_help_lists_the_options_on_standard_output(script: str) -> None:
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0

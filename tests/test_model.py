@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, PRESETS, GPTConfig, Module, rotate
+from papagaio.training.metrics import flops_per_token
+from papagaio.training.optimizers import parameter_roles
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -100,7 +102,7 @@ def test_gpt2_has_as_many_parameters_as_published() -> None:
     padding = (config.padded_vocab_size - 50257) * 768
     assert sum(p.numel() for p in gpt.parameters()) - padding == 124_439_808
     # 6 x (12 blocks of 12 C^2, and the head) + 12 layers C T
-    assert gpt.flops_per_token() == 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * 768 * 1024
+    assert flops_per_token(gpt) == 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * 768 * 1024
 
 
 VARIANTS = [
@@ -114,6 +116,8 @@ VARIANTS = [
     {"n_kv_head": 1},
     {"window_pattern": "SL", "window_size": 5},
     {"tie_embeddings": True, "logit_softcap": 0.0, "qk_norm": False},
+    PRESETS["llama"] | {"head_dim": 12, "n_kv_head": 2, "rope_scaling": 8.0, "rope_context": 16},
+    PRESETS["llama"] | {"qk_norm_affine": True, "qkv_bias": True},
     PRESETS["frontier"],
     {"bigram_rows": 50, "value_embed_interval": 1, "n_kv_head": 2},
 ]
@@ -333,7 +337,10 @@ def test_dropout_works_in_training_only() -> None:
         ({"mlp": "relu"}, "relu2, gelu, swiglu"),
         ({"dropout": 1.0}, "dropout"),
         ({"logit_softcap": -1.0}, "logit_softcap"),
-        ({"window_size": -1}, "window_size"),
+        ({"window_size": -1}, "window_size must not be negative"),
+        ({"head_dim": 7}, "even head size"),
+        ({"rope_scaling": 0.0}, "rope_scaling must not be 0"),
+        ({"norm_eps": float("nan")}, "norm_eps must not be nan"),
         ({"window_pattern": "LX"}, "letters L and S"),
         ({"window_pattern": ""}, "letters L and S"),
         ({"position": "sinusoidal", "n_embd": 33, "n_head": 3}, "even n_embd"),
@@ -381,12 +388,12 @@ def test_cuda_gives_the_cpus_loss_and_logits() -> None:
 
 
 def test_flops_count_the_window_of_layers_that_have_one() -> None:
-    full, windowed = (random_model(n_layer=4, window_pattern=pattern, window_size=8).flops_per_token() for pattern in ("L", "SL"))
+    full, windowed = (flops_per_token(random_model(n_layer=4, window_pattern=pattern, window_size=8)) for pattern in ("L", "SL"))
     assert full - windowed == 12 * 32 * 2 * (32 - 8)
 
 
 def test_every_parameter_has_a_role() -> None:
-    roles = random_model(**PRESETS["frontier"]).parameter_roles()
+    roles = parameter_roles(random_model(**PRESETS["frontier"]))
     found = {role: {name for name in roles if roles[name] == role} for role in set(roles.values())}
     assert found.pop("matrix") == {
         f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.proj")
@@ -398,6 +405,6 @@ def test_every_parameter_has_a_role() -> None:
         "bigram_table": {"previous_token.bigram_embed.weight"},
         "gate": {"blocks.1.attn.value_gate", "previous_token.smear_gate", "previous_token.smear_scale"},
     }
-    gpt2 = random_model(**PRESETS["gpt2"]).parameter_roles()
+    gpt2 = parameter_roles(random_model(**PRESETS["gpt2"]))
     assert {name for name in gpt2 if gpt2[name] == "table"} == {"embed.weight", "pos_embed.weight"}
     assert {gpt2[name] for name in gpt2 if name.endswith("bias") or "norm" in name} == {"vector"}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from model import GPT, PRESETS, GPTConfig
 from papagaio.batches.conversations import Conversation, render
 from papagaio.batches.packing import ConversationLoader, Example, Mixture, collate, encode, evaluation_batches, pack
+from papagaio.batches.share import share
 from papagaio.batches.windows import Batch, WindowLoader
 from papagaio.report import Report
 from papagaio.tokenizer import SPECIAL_TOKENS, ByteTokenizer
@@ -183,7 +184,7 @@ def test_the_ranks_of_a_step_have_it_together() -> None:
     gpt = random_model("modern")
     whole = gpt(*loader(examples(), 10)(0)[0])
     for world_size in (2, 3, 7):  # of three rows
-        parts = [loader(examples(), 10, rank=rank, world_size=world_size)(0)[0] for rank in range(world_size)]
+        parts = [share(loader(examples(), 10)(0)[0], rank, world_size) for rank in range(world_size)]
         assert len({len(part.ids) for part in parts}) == 1
         assert sum(gpt(*part) for part in parts).item() == pytest.approx(whole.item(), rel=1e-5)
 

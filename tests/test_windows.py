@@ -100,18 +100,6 @@ def test_the_same_windows_whatever_the_batch_size(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([small(step)[0].ids for step in range(3)]), large(0)[0].ids)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 6])
-def test_ranks_share_the_batch_of_one(tmp_path: Path, ranks: int) -> None:
-    dataset = make_dataset(tmp_path, [bytes(range(200)) * 20], shard_tokens=1024)
-    alone = WindowLoader(dataset, "train", 16, 6, 1, document_mask=True)
-    shared = [WindowLoader(dataset, "train", 16, 6, 1, document_mask=True, rank=rank, world_size=ranks) for rank in range(ranks)]
-    for step in (0, 5, 100):
-        (batch,) = alone(step)
-        parts = [loader(step)[0] for loader in shared]
-        for whole, *split in zip(batch, *parts, strict=True):
-            assert torch.equal(whole, torch.cat(split))
-
-
 def test_documents_are_numbered(tmp_path: Path) -> None:
     documents = [bytes([i]) * (5 + 7 * i % 40) for i in range(100)]
     dataset = make_dataset(tmp_path, documents, shard_tokens=700)
@@ -257,9 +245,6 @@ def test_several_datasets_are_visited_as_often_as_their_weights_say(tmp_path: Pa
     again = WindowLoader([first, second], "train", 16, 5, seed=3, repeats=(3, 0.5))
     for step in (7, 2):  # a pure function of the step
         assert torch.equal(loader(step)[0].ids, again(step)[0].ids)
-    half = WindowLoader([first, second], "train", 16, 4, seed=3, repeats=(3, 0.5))
-    parts = [WindowLoader([first, second], "train", 16, 4, seed=3, repeats=(3, 0.5), rank=i, world_size=2) for i in (0, 1)]
-    assert torch.equal(half(1)[0].ids, torch.cat([part(1)[0].ids for part in parts]))
     with pytest.raises(UserError, match="its weight leaves none of its"):
         WindowLoader([first, second], "train", 16, 5, seed=3, repeats=(1, 0.001))
 

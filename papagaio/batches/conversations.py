@@ -9,13 +9,13 @@ papagaio/batches/questions.py reads the files.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from papagaio.tokenizer import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER, Tokenizer
+from papagaio.tokenizer import Tokenizer
 
-ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 TrainOn = Literal["all", "last"]  # the assistant messages that are supervised: all of them, or only the last
 
 
@@ -118,21 +118,29 @@ class Tokens(NamedTuple):
     supervised: list[bool]
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all") -> Tokens:
-    """The chat template: <|endoftext|>, then for each message its role token, its content as ordinary text, <|end|>.
+def render(tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "all", then: str = "") -> Tokens:
+    """The chat template: of our own models <|endoftext|>, then for each message its role token, its content as ordinary text,
+    <|end|>; of a released model its own, whose texts are encoded together with the contents beside them.
 
-    The assistant's contents and the <|end|> after each are supervised, unless the message says otherwise; with train_on="last",
-    only those of the last message.
+    The assistant's contents and the token that ends each are supervised, unless the message says otherwise; with train_on="last",
+    only those of the last message. `then` is the role whose content will follow.
     """
-    ids, supervised = [tokenizer.special[END_OF_TEXT]], [False]
-    for number, message in enumerate(messages, 1):
-        content = [*tokenizer.encode(message.content), tokenizer.special[END]]
-        ids += [tokenizer.special[ROLE_TOKENS[message.role]], *content]
-        answer = message.role == "assistant" and message.supervised and (train_on == "all" or number == len(messages))
-        supervised += [False] + [answer] * len(content)
+    pieces: list[tuple[str | int, int]] = [(piece, 0) for piece in tokenizer.joint("", messages[0].role)]
+    for number, message in enumerate(messages, 1):  # (text or special token, number of the answer or 0)
+        joint = tokenizer.joint(message.role, messages[number].role if number < len(messages) else then)
+        answer = number if message.role == "assistant" else 0
+        end = 1 + next(i for i, piece in enumerate(joint) if isinstance(piece, int)) if answer else 0
+        content = message.content.strip() if message.role in tokenizer.trims else message.content
+        pieces += [(piece, answer) for piece in (content, *joint[:end])] + [(piece, 0) for piece in joint[end:]]
+    ids, supervised = list[int](), list[bool]()
+    for (is_text, answer), group in groupby(pieces, lambda piece: (isinstance(piece[0], str), piece[1])):
+        found = [piece for piece, _ in group]
+        ids += tokenizer.encode("".join(found)) if is_text else found
+        trained = answer > 0 and messages[answer - 1].supervised and (train_on == "all" or answer == len(messages))
+        supervised += [trained] * (len(ids) - len(supervised))
     return Tokens(ids, supervised)
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation up to and including the <|assistant|> after which the next answer begins."""
-    return [*render(tokenizer, messages).ids, tokenizer.special[ASSISTANT]]
+    """The ids of a conversation up to the place where the next answer begins, after <|assistant|>."""
+    return render(tokenizer, messages, then="assistant").ids

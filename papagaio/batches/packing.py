@@ -165,18 +165,14 @@ class ConversationLoader(MixtureLoader):
     """Batches of conversations: `loader(step)` is a pure function of step and seed.
 
     A step has batch_size conversations, packed into rows of `width` tokens; without packing, each has a row of its own, and all
-    rows are as wide as the longest. The weights of the answers sum to 1 over the ranks, those of the replayed text to 1 more.
-    Each of world_size ranks gets its own part of the rows.
+    rows are as wide as the longest. The weights of the answers sum to 1, those of the replayed text to 1 more.
     """
 
     width: int
     packing: bool = True
-    rank: int = 0
-    world_size: int = 1
 
     def __call__(self, step: int) -> list[Batch]:
         examples = [self.items[i] for i in self.drawn(step)]
         rows, width = arrange(examples, self.width, self.packing)
-        rows += [[]] * (-len(rows) % self.world_size)  # every rank has the same number of rows
-        batch = collate(rows[self.rank :: self.world_size], width, supervised_weight(examples))
+        batch = collate(rows, width, supervised_weight(examples))
         return [batch, *(self.replay(step) if self.replay else [])]

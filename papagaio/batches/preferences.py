@@ -23,6 +23,7 @@ from papagaio.batches.windows import Batch, Objective, likelihood
 from papagaio.report import Report
 from papagaio.runtime import autocast, evaluating
 from papagaio.tokenizer import Tokenizer
+from papagaio.training.parallel import ALONE, World
 
 
 class Pair(NamedTuple):
@@ -114,29 +115,34 @@ class PairLoader(MixtureLoader):
         return [pairs, *(self.replay(step) if self.replay else [])]
 
 
-@torch.inference_mode()
-def reference_log_probabilities(model: nn.Module, pairs: Sequence[Pair], dtype: torch.dtype, batch_size: int = 32) -> Tensor:
-    """The log-probabilities (N, 2) of all pairs under the model as it is, chosen first."""
+@torch.no_grad()  # inference mode would spoil the parameters that FSDP puts together
+def reference_log_probabilities(
+    model: nn.Module, pairs: Sequence[Pair], dtype: torch.dtype, batch_size: int = 32, world: World = ALONE
+) -> Tensor:
+    """The log-probabilities (N, 2) of all pairs under the model as it is, chosen first. Several ranks share the pairs out."""
     device = next(model.parameters()).device
     found = torch.zeros(len(pairs), 2)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
-    for start in range(0, len(order), batch_size):
+    for start, counts in world.deal(range(0, len(order), batch_size)):
         numbers = order[start : start + batch_size]
         batch = collate_pairs([pairs[i] for i in numbers], found[numbers]).to(device)
         with evaluating(model), autocast(device, dtype):
-            found[numbers] = log_probabilities(model, batch).cpu()
-    return found
+            found[numbers] = log_probabilities(model, batch).cpu() * counts
+    return world.sum_(found)
 
 
-@torch.inference_mode()
-def evaluate_pairs(model: nn.Module, batches: Iterable[PairBatch], beta: float, dtype: torch.dtype) -> dict[str, float]:
+@torch.no_grad()  # inference mode would spoil the parameters that FSDP puts together
+def evaluate_pairs(
+    model: nn.Module, batches: Iterable[PairBatch], beta: float, dtype: torch.dtype, world: World = ALONE
+) -> dict[str, float]:
     """val_loss: mean DPO loss. val_reward_accuracy: share of pairs whose chosen answer has the higher reward.
     val_reward_margin: mean difference of the rewards, times beta."""
     device = next(model.parameters()).device
     with evaluating(model), autocast(device, dtype):
-        margin = torch.cat([beta * margins(model, batch.to(device)).double() for batch in batches])
-    return {
-        "val_loss": float(-F.logsigmoid(margin).mean()),
-        "val_reward_accuracy": float((margin > 0).double().mean()),
-        "val_reward_margin": float(margin.mean()),
-    }
+        parts = [
+            beta * margins(model, batch.to(device)).double()[: None if counts else 0] for batch, counts in world.deal(batches)
+        ]
+    margin = torch.cat(parts).cpu()
+    sums = torch.tensor([-F.logsigmoid(margin).sum(), (margin > 0).sum(), margin.sum(), len(margin)], dtype=torch.float64)
+    loss, right, total, count = world.sum_(sums).tolist()
+    return {"val_loss": loss / count, "val_reward_accuracy": right / count, "val_reward_margin": total / count}

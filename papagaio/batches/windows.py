@@ -17,7 +17,6 @@ from torch import Tensor
 from papagaio.batches.mixture import Mixture, mix
 from papagaio.corpus.dataset import Dataset
 from papagaio.errors import UserError
-from papagaio.tokenizer import END_OF_TEXT
 
 
 class Batch(NamedTuple):
@@ -74,7 +73,7 @@ class WindowLoader:
 
     `repeats` says how often an epoch has each window of each dataset, by default once. The first window of a shard starts at
     another offset in each epoch, so that a token does not always have the same position. With document_mask, the batch has
-    doc_ids. Each of world_size ranks gets its own part of the batch. Raises UserError if a dataset gives no window.
+    doc_ids. Raises UserError if a dataset gives no window.
     """
 
     def __init__(
@@ -87,14 +86,10 @@ class WindowLoader:
         *,
         repeats: Sequence[float] = (1.0,),
         document_mask: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         self.datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
-        self.start_token = self.datasets[0].tokenizer.special[END_OF_TEXT] if document_mask else None
-        assert batch_size % world_size == 0, f"batch size {batch_size} is not divisible by {world_size} ranks"
-        self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.start_token = self.datasets[0].tokenizer.start if document_mask else None
         prefixes = [f"{dataset.directory}/" if len(self.datasets) > 1 else "" for dataset in self.datasets]
         files = [[shard["file"] for shard in dataset.splits[split]["shards"]] for dataset in self.datasets]
         self.names = [prefix + file for prefix, part in zip(prefixes, files, strict=True) for file in part]
@@ -118,7 +113,7 @@ class WindowLoader:
                 )
             if not visits:
                 raise UserError(f"{dataset.directory}: its weight leaves none of its {available:,} windows; give a larger one")
-        self.weights = torch.full((batch_size // world_size, block_size), 1 / (batch_size * block_size))
+        self.weights = torch.full((batch_size, block_size), 1 / (batch_size * block_size))
         # Positions are computed for many steps at once, which saves time. Two blocks of steps are cached: the training loop and
         # the prefetching thread may be in different ones.
         self.steps_per_block = max(1, 4096 // batch_size)
@@ -146,7 +141,7 @@ class WindowLoader:
     def _compute_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards and first tokens of the windows of steps_per_block steps, (steps, B) each."""
         size = self.steps_per_block * self.batch_size
-        positions = np.arange(block * size, (block + 1) * size).reshape(-1, self.batch_size)[:, self.part]
+        positions = np.arange(block * size, (block + 1) * size).reshape(-1, self.batch_size)
         epochs, index = positions // self.n_windows, self.mixture.at(positions)
         shards = np.searchsorted(self.ends, index, side="right")
         index -= np.where(shards > 0, self.ends[shards - 1], 0)
@@ -172,7 +167,7 @@ class ValidationWindows:
         self, dataset: Dataset, block_size: int, batch_size: int, max_tokens: int = 0, *, document_mask: bool = False
     ) -> None:
         self.shards, self.block_size, self.batch_size = dataset.shards("val"), block_size, batch_size
-        self.start_token = dataset.tokenizer.special[END_OF_TEXT] if document_mask else None
+        self.start_token = dataset.tokenizer.start if document_mask else None
         starts = [(i, start) for i, shard in enumerate(self.shards) for start in range(0, len(shard) - 1, block_size)]
         count = min(len(starts), -(-max_tokens // block_size)) if max_tokens else len(starts)
         self.starts = [starts[i * len(starts) // count] for i in range(count)]

@@ -24,7 +24,7 @@ from papagaio.corpus.workers import in_parallel
 from papagaio.errors import MachineError, UserError, located
 from papagaio.files import parse_json, printable, sync_and_close, write_whole
 from papagaio.report import Report
-from papagaio.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, text_chunks
+from papagaio.tokenizer import Tokenizer, load_tokenizer, text_chunks
 
 INDEX = np.dtype([("digest", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("last", "?")])
 
@@ -90,7 +90,7 @@ class PieceWriter:
     def __init__(self, work: Path, number: int, tokenizer: Tokenizer) -> None:
         self.tokens_path, self.index_path = piece_paths(work, number)
         self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer)
-        self.start = np.array([tokenizer.special[END_OF_TEXT]], self.dtype).tobytes()
+        self.start = np.array([tokenizer.start], self.dtype).tobytes()
         self.index: list[tuple[int, int, int, bool]] = []
         self.file = self.tokens_path.with_suffix(".tmp").open("wb")
         self.report, self.replaced = Report(), 0

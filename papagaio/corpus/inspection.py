@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from papagaio.corpus.dataset import SPLITS, Dataset
-from papagaio.tokenizer import END_OF_TEXT, Tokenizer
+from papagaio.tokenizer import Tokenizer
 
 COMPARED = 2**22  # held-out tokens on which tokenizers are compared
 MANY_REPLACED = 0.001  # share of the text that may be U+FFFD without a warning
@@ -58,7 +58,7 @@ def counts(split: dict[str, Any]) -> str:
 def comparison(dataset: Dataset, gpt2: Tokenizer) -> str:
     """Bytes per token of the dataset's tokenizer on held-out text, and of GPT-2's."""
     tokenizer, tokens = dataset.tokenizer, dataset.shards("val")[0][:COMPARED]
-    starts = np.flatnonzero(tokens == tokenizer.special[END_OF_TEXT])
+    starts = np.flatnonzero(tokens == tokenizer.start)
     texts = [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts)[1:]]
     n_bytes = sum(len(text.encode()) for text in texts)
     ours, theirs = (n_bytes / sum(len(t.encode_array(text)) for text in texts) for t in (tokenizer, gpt2))
@@ -81,9 +81,9 @@ def inspection(dataset: Dataset) -> str:
         for entry in dataset.splits[split]["shards"]:
             lines.append(f"  {entry['file']}: {entry['tokens']:,} tokens, sha256 {entry['sha256'][:16]}... verified")
         longest = max(shards, key=len, default=np.zeros(0, dataset.dtype))
-        starts = np.flatnonzero(longest[: 2**24] == tokenizer.special[END_OF_TEXT])
+        starts = np.flatnonzero(longest[: 2**24] == tokenizer.start)
         for position in starts[:: max(1, len(starts) // 3)][:3].tolist():
             begin = max(0, position - 24)
-            text = tokenizer.decode(longest[begin : position + 40]).replace(END_OF_TEXT, " ▌ ")
+            text = tokenizer.decode(longest[begin : position + 40]).replace(tokenizer.decode([tokenizer.start]), " ▌ ")
             lines.append(f"  from token {begin:,}: {text!r}")
     return "\n".join(lines)

@@ -38,7 +38,7 @@ class PrepareOptions(ReadingOptions):
     out: Path | None = _files(None, "dataset directory to make")
     overwrite: bool = _files(False, "replace the dataset in --out, and discard what an interrupted run has left")
     inspect: Path | None = _files(None, "verify a dataset, print what is in it, and stop")
-    tokenizer: str = _tokenizer("bpe", "byte, char, bpe (trained on this corpus), gpt2, or a tokenizer directory")
+    tokenizer: str = _tokenizer("bpe", "byte, char, bpe (trained on this corpus), gpt2, or a tokenizer directory, dataset or run")
     vocab_size: int = _tokenizer(4096, "tokens of a bpe tokenizer, with the five special tokens", ge=261, le=2**20)
     sample_bytes: int = _tokenizer(2**28, "bytes that a bpe tokenizer is trained on, taken evenly from the whole corpus", ge=1)
     ranks: Path | None = _tokenizer(None, "GPT-2's vocabulary in tiktoken's format: saves the download, or is compared with bpe")

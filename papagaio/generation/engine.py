@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from papagaio import kernels, runtime
+from papagaio.errors import UserError
 from papagaio.generation.decoding import Decoder, Row
 from papagaio.generation.layers import prepare
 from papagaio.generation.options import ModelOptions, SamplingOptions
 from papagaio.generation.sampling import Sampler, Token
 from papagaio.generation.streaming import TextStream
 from papagaio.runs.directory import open_checkpoint
-from papagaio.tokenizer import END, END_OF_TEXT, Tokenizer
+from papagaio.tokenizer import Tokenizer
 
 
 class Request(NamedTuple):
@@ -60,7 +61,7 @@ class Engine:
         """
         self.model, self.tokenizer, self.dtype, self.is_chat, self.compiled = model, tokenizer, dtype, is_chat, compiled
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
-        self.end = {tokenizer.special[END_OF_TEXT], tokenizer.special[END]}
+        self.end = tokenizer.ends
         self.banned = set(tokenizer.special.values()) - self.end
         self._thread = ThreadPoolExecutor(1) if compiled else None  # CUDA graphs belong to the thread that recorded them
 
@@ -72,6 +73,8 @@ class Engine:
         """
         checkpoint = open_checkpoint(options.checkpoint, options.base)
         device = runtime.pick_device(options.device)
+        if options.quantize == "int8" and device.type != "cpu":
+            raise UserError(f"--quantize=int8: its products are for a CPU, and the device is {device}; leave it out there")
         dtype = runtime.pick_dtype(options.dtype, device)
         model = kernels.accelerate(checkpoint.build(make_model, device, dtype))
         prepare(model, options.quantize)
@@ -82,7 +85,7 @@ class Engine:
 
     def encode(self, text: str) -> list[int]:
         """The text as the beginning of a document, which <|endoftext|> precedes in training."""
-        return [self.tokenizer.special[END_OF_TEXT], *self.tokenizer.encode(text)]
+        return [self.tokenizer.start, *self.tokenizer.encode(text)]
 
     def complete(
         self,

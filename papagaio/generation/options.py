@@ -25,7 +25,7 @@ class ModelOptions(Options):
     base: Path | None = model_option(None, "the checkpoint that adapters (LoRA) were trained for, if it has moved since")
     device: str = model_option("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16"] = model_option("auto", "of matrix products; auto: bfloat16 if in hardware")
-    quantize: Literal["none", "int8"] = model_option("none", "int8: weights of 8 bits, with a scale per row of the matrix")
+    quantize: Literal["none", "int8"] = model_option("none", "int8: weights of 8 bits with a scale per row, on a CPU")
     compile: bool = model_option(False, "compile the step of one token (up to half a minute): for large models and long texts")
 
 

@@ -24,7 +24,8 @@ from papagaio.errors import MachineError, UserError
 from papagaio.files import SAVE_TENSORS, FileName, Manifest, Sha256, read_object, refuse_pickle, to_json
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from papagaio.training.lora import adapter_state, adapters, expected, load_adapters, merged
-from papagaio.training.optimizers import expected_state
+from papagaio.training.optimizers import expected_state, own_state
+from papagaio.training.sharding import local, part_for
 
 WEIGHTS, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
 CURE = "take another checkpoint"
@@ -33,9 +34,10 @@ MakeModel = Callable[[dict[str, Any]], nn.Module]
 
 
 class Contents(NamedTuple):
-    """The content of a checkpoint besides the tokenizer: tensors by file and name, and the text of the JSON files."""
+    """The content of a checkpoint besides the tokenizer: by file its tensors by name, or a function that writes it; and the text
+    of the JSON files."""
 
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Tensor] | Callable[[Path], None]]
     texts: dict[str, str]
 
 
@@ -69,7 +71,7 @@ def write_checkpoint(final: Path, contents: Contents, tokenizer: Tokenizer) -> N
             (temporary / name).write_text(text, encoding="utf-8")
         for name, tensors in contents.tensors.items():
             metadata = {"format": "pt"} if name == ADAPTERS else None  # which PEFT asks for
-            save_file(tensors, temporary / name, metadata)
+            tensors(temporary / name) if callable(tensors) else save_file(tensors, temporary / name, metadata)
             shutil.copymode(temporary / "model.json", temporary / name)  # safetensors lets only the owner read its files
         save_tokenizer(tokenizer, temporary / "tokenizer")
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -108,7 +110,7 @@ class Checkpoint:
     @property
     def is_chat(self) -> bool:
         """Whether the model was fine-tuned and answers questions, or continues text as pretraining left it."""
-        return self.state.get("stage") == "finetune"
+        return self.state.get("stage") == "finetune" or self.state.get("answers") is True
 
     def outline(self, make_model: MakeModel) -> nn.Module:
         """The model of model.json on the meta device, without weights (make_model: see `model_maker`). Raises UserError if
@@ -124,7 +126,7 @@ class Checkpoint:
     def build(self, make_model: MakeModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The model for generation: with the saved weights, matrices in dtype. Weights whose type is kept are memory-mapped."""
         model = self.outline(make_model)
-        tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in self.tensors().items()}
         model.load_state_dict(tensors, assign=True)
         return model.to(device).eval()
 
@@ -135,8 +137,10 @@ class Checkpoint:
             compare(self.weights, adapter_state(model)[0], "the model with adapters", "they have another rank or other targets")
             load_adapters(model, finite_tensors(self.weights))
         else:
-            self._compare(model.state_dict())
-            model.load_state_dict(self._tensors())
+            self._compare(weights := model.state_dict())
+            saved = self.tensors()
+            for name, tensor in weights.items():
+                local(tensor).copy_(part_for(saved[name], tensor))
 
     def _compare(self, weights: Mapping[str, Tensor]) -> None:
         """Raises UserError unless the saved weights have the names, types and shapes of `weights`, and the adapters fit them."""
@@ -147,10 +151,10 @@ class Checkpoint:
         wanted = expected(weights, read_tensors(self.weights), self._adapter_config())
         compare(self.weights, wanted, "the model with adapters")
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The saved weights, with adapters added."""
         tensors = finite_tensors(self.weights)
-        return tensors if self.base is None else merged(self.base._tensors(), tensors, self._adapter_config())
+        return tensors if self.base is None else merged(self.base.tensors(), tensors, self._adapter_config())
 
     def _adapter_config(self) -> dict[str, Any]:
         path = self.path / "adapter_config.json"
@@ -171,12 +175,16 @@ class Checkpoint:
         path = self.path / "optimizer.safetensors"
         names = {p: name for name, p in model.named_parameters()}
         saved, wanted = finite_tensors(path), {}
+        if any(tensor.ndim == 3 for tensor in saved.values()):
+            remedy = "which alone can resume it; --overwrite begins anew"
+            raise UserError(f"{path}: momenta in stacks, made by an older version of papagaio, {remedy}")
         for i, optimizer in enumerate(optimizers):
             for p, tensors in expected_state(optimizer).items():
                 named = {key: f"{i}.{names[p]}.{key}" for key in tensors}
                 if saved.keys() & named.values():  # otherwise it has made no step yet
                     wanted |= {named[key]: tensor for key, tensor in tensors.items()}
-                    optimizer.state[p] = {key: saved[name].to(p.device) for key, name in named.items() if name in saved}
+                    found = {key: saved[name] for key, name in named.items() if name in saved}
+                    optimizer.state[p] = {key: own_state(optimizer, p, tensor) for key, tensor in found.items()}
         compare(path, wanted, "this optimizer", "made with another optimizer? resume with the run's own options")
 
     def check_sizes(self) -> None:

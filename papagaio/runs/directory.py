@@ -3,6 +3,7 @@
 config.toml, metrics.jsonl, loss.png, checkpoints/      what a run writes (and merged/, wandb_id, if asked for)
 checkpoints/last, checkpoints/best                      small text files with the name of a checkpoint beside them
 .lock                                                   locked by the process that trains, until it ends
+.launch                                                 which torchrun began the run: it resumes when that starts it again
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from torch import nn
 
 from papagaio.errors import MachineError, UserError
 from papagaio.files import SAVE_TENSORS, clear, discard, locked_file, read_text, refuse_pickle, remove, write_whole
+from papagaio.launch import launch_id, restarts
 from papagaio.options import load_toml
 from papagaio.runs.checkpoint import ADAPTERS, Checkpoint, contents, read_checkpoint
 from papagaio.tokenizer import Tokenizer
 from papagaio.training.metrics import WANDB_ID
 from papagaio.training.optimizers import moment_bytes
 from papagaio.training.options import RunOptions
+from papagaio.training.parallel import ALONE, World
 from papagaio.training.progress import Identity, Progress
 
+LAUNCH = ".launch"
 RUN_FILES = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "merged", WANDB_ID)
 
 
@@ -54,6 +59,17 @@ def refuse_taken(config: RunOptions) -> None:
             raise MachineError(f"{path}: nothing can be written there; name another --out_dir")
 
 
+def restarted(config: RunOptions, world: World) -> RunOptions:
+    """The options; with --resume instead of --overwrite if torchrun has started the process again, and the run in config.out_dir
+    is one that it began."""
+
+    def begun() -> bool:
+        path = config.out_dir / LAUNCH
+        return restarts() > 0 and path.is_file() and path.read_text(encoding="utf-8") == launch_id()
+
+    return config.model_copy(update={"resume": True, "overwrite": False}) if world.on_rank_0(begun) else config
+
+
 @contextmanager
 def locked(config: RunOptions) -> Iterator[None]:
     """Reserve config.out_dir for this process. Raises UserError, before anything is changed, if another process trains there, or
@@ -66,10 +82,30 @@ def locked(config: RunOptions) -> Iterator[None]:
 
 
 def open_run(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer, config: RunOptions, identity: Identity
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    tokenizer: Tokenizer,
+    config: RunOptions,
+    identity: Identity,
+    world: World = ALONE,
 ) -> Progress:
     """Prepare config.out_dir and return the progress to start from. With --resume, the newest undamaged checkpoint is loaded into
-    the model and the optimizers; raises UserError if it belongs to another model, other data or other options."""
+    the model and the optimizers; raises UserError if it belongs to another model, other data or other options.
+
+    Rank 0 does so; then the others, which must see the same directory, load their parts of the same checkpoint.
+    """
+    opened = partial(_open_run, model, optimizers, tokenizer, config, identity)
+    progress = Progress(**world.on_rank_0(lambda: dataclasses.asdict(opened())))
+    if world.rank and progress.step:
+        checkpoint = open_checkpoint(config.out_dir / "checkpoints" / f"step-{progress.step}")
+        checkpoint.load_model(model)
+        checkpoint.load_optimizers(model, optimizers)
+    return progress
+
+
+def _open_run(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], tokenizer: Tokenizer, config: RunOptions, identity: Identity
+) -> Progress:
     progress = Progress()
     checkpoint = newest(config) if config.resume else None
     if checkpoint is not None:
@@ -85,6 +121,8 @@ def open_run(
         for path in (*directory.glob(".*.tmp"), *directory.glob(".*.old")):  # left by a crash
             remove(path)
     refuse_full_disk(model, optimizers, config, progress.step)
+    if launch_id():
+        write_whole(config.out_dir / LAUNCH, launch_id())
     import tomli_w  # here, because generation does not need it
 
     options = config.model_dump(mode="json", exclude={"resume", "overwrite", "dry_run"}, exclude_none=True)

@@ -16,6 +16,7 @@ from papagaio.batches.windows import ValidationWindows, WindowLoader
 from papagaio.corpus.dataset import Dataset
 from papagaio.errors import UserError
 from papagaio.evaluation import evaluate_loss
+from papagaio.training.parallel import ALONE, World
 
 
 class Corpora:
@@ -93,9 +94,9 @@ class Validation:
         bytes_ = [share * max(1, split["bytes"]) / split["tokens"] for share, split in zip(shares, splits, strict=True)]
         self.byte_shares = [part / sum(bytes_) for part in bytes_]
 
-    def __call__(self, model: nn.Module, dtype: torch.dtype) -> dict[str, float]:
+    def __call__(self, model: nn.Module, dtype: torch.dtype, world: World = ALONE) -> dict[str, float]:
         """val_loss in nats per token, val_bpb in bits per byte; of several datasets, val_loss/NAME of each as well."""
-        found = [evaluate_loss(model, part, self.corpora.tokenizer, dtype) for part in self.parts]
+        found = [evaluate_loss(model, part, self.corpora.tokenizer, dtype, world) for part in self.parts]
         if len(found) == 1:
             return found[0]
         losses = [each["val_loss"] for each in found]

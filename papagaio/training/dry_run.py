@@ -14,6 +14,7 @@ from papagaio import kernels, runtime
 from papagaio.batches.windows import Loader, Objective
 from papagaio.errors import UserError
 from papagaio.training.dial import busy_notice, steady_speed
+from papagaio.training.metrics import flops_per_token
 from papagaio.training.optimizers import make_optimizers, moment_bytes
 from papagaio.training.options import RunOptions
 from papagaio.training.progress import Progress
@@ -32,29 +33,32 @@ def dry_run(
     device: torch.device,
     evaluation_tokens: int,
     speed: float | None = None,
+    ranks: int = 1,
 ) -> None:
     """Print what a run would cost. `evaluation_tokens` is the length of one evaluation; `speed` is in tokens per second, and is
-    measured until two measurements agree if it is not given.
+    measured until two measurements agree if it is not given. Of several ranks, `loader` gives one's part of each batch.
 
     Raises UserError if the run does not fit into the memory that the device has left.
     """
     batches = loader(0)
     parts = memory_parts(make_model, objective, config, _largest_micro_batch(batches, config), device)
+    if config.parallel == "fsdp":
+        parts |= {name: parts[name] // ranks for name in ("weights", "gradients", "optimizer")}
     need, free = sum(parts.values()), runtime.free_memory(device)
     listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
     with torch.device("meta"):
         model = make_model()
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     print(f"memory: about {need / 2**20:,.0f} MiB at its peak: {listed}" + (f"; {free / 2**20:,.0f} free" if free else ""))
+    tokens = ranks * _count_tokens(batches)
+    total, flops = config.max_steps * tokens, flops_per_token(model)
+    print(f"FLOPs: {flops:.3g} per token, {flops * total:.3g} in all")
+    print(f"epochs: {loader.epochs(config.max_steps):.2f}, {total:,} tokens in all", flush=True)
     if free is not None and need > free:
         raise UserError(
             f"this run needs about {need / 2**20:,.0f} MiB and {device} has {free / 2**20:,.0f} MiB free: lower micro_batch_size "
             "or block_size, add --activation_checkpointing, or choose a smaller model"
         )
-    tokens = _count_tokens(batches)
-    total, flops = config.max_steps * tokens, model.flops_per_token()
-    print(f"FLOPs: {flops:.3g} per token, {flops * total:.3g} in all")
-    print(f"epochs: {loader.epochs(config.max_steps):.2f}, {total:,} tokens in all", flush=True)
     if speed is None:
         speed, steady = steady_speed(lambda: tokens / seconds_per_step(make_model, loader, objective, config, device))
         if notice := busy_notice(steady):
@@ -65,6 +69,7 @@ def dry_run(
     print(
         f"time: about {(seconds * config.max_steps + evaluating) / 60:,.1f} minutes, {evaluating / 60:,.1f} of them for "
         f"{evaluations} evaluations of {evaluation_tokens:,} tokens; {tokens / seconds:,.0f} tokens/s on {device}"
+        + (f", if {ranks} processes of one machine or more do not wait for each other" if ranks > 1 else "")
     )
 
 
@@ -80,6 +85,8 @@ def memory_parts(
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, device:
         model = kernels.accelerate(make_model())
+        if device.type == "cuda":  # FlexAttention needs the compiler, which does not work here, and keeps what attention keeps
+            model.attention_mask = lambda *_: None
         if config.activation_checkpointing:
             kernels.checkpoint_activations(model)
         weights = {p.untyped_storage()._cdata: p.nbytes for p in model.parameters()}
@@ -87,13 +94,13 @@ def memory_parts(
         dtype = runtime.pick_dtype(config.dtype, device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast(device, dtype):
             objective(model, inputs)
-        moments = moment_bytes(make_optimizers(model, config))
+        moments, vocab_size = moment_bytes(make_optimizers(model, config)), model.config.vocab_size
     return {
         "weights": sum(weights.values()),
         "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
         "optimizer": moments,
         "activations": sum(size for key, size in kept.items() if key not in weights),  # that are kept for the gradient
-        "logits": 3 * 4 * min(kernels.CHUNK, micro.ids.numel() * model.config.vocab_size),  # the largest piece, several times
+        "logits": 3 * 4 * min(kernels.chunk_rows(device, vocab_size), micro.ids.numel()) * vocab_size,  # the largest piece
     }
 
 
@@ -126,7 +133,7 @@ def seconds_per_step(
 
     batches = loader(0)
     micro = _largest_micro_batch(batches, config)
-    tokens = min(MEASURED_TOKENS, MEASURED_FLOPS / model.flops_per_token())
+    tokens = min(MEASURED_TOKENS, MEASURED_FLOPS / flops_per_token(model))
     piece = next(micro.split(max(1, int(tokens * len(micro.ids) / micro.ids.numel()))))
     if not part and piece.ids.numel() == _count_tokens(batches):
         return min(timed(loader(number)) for number in range(2))  # the first call is slower
@@ -134,7 +141,7 @@ def seconds_per_step(
     piece = piece._replace(ids=piece.ids % vocab_size, targets=piece.targets.where(piece.targets < 0, piece.targets % vocab_size))
     once, twice = (min(timed([piece] * count) for _ in range(2)) for count in (1, 2))
     gradient = max(twice - once, once / 10)
-    flops = whole.flops_per_token() * _count_tokens(batches) / (model.flops_per_token() * piece.ids.numel())
+    flops = flops_per_token(whole) * _count_tokens(batches) / (flops_per_token(model) * piece.ids.numel())
     return flops * gradient + max(once - gradient, 0) * whole_size / sum(p.numel() for p in model.parameters())
 
 

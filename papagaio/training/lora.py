@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from papagaio.training.sharding import local, part_for
+
 TARGETS = ("q", "k", "v", "proj", "fc", "gate", "head")  # model.py's linear layers; proj is attention's and the MLP's
 PREFIX = "base_model.model."  # of PEFT's names
 ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for trained rows; it holds the rows, not their change
@@ -136,7 +138,7 @@ def expected(weights: Mapping[str, Tensor], names: Iterable[str], config: Mappin
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load saved adapters, of the same names and shapes, into a model with adapters."""
     for name, tensor in adapter_state(model)[0].items():
-        tensor.copy_(tensors[name])
+        local(tensor).copy_(part_for(tensors[name], tensor))
 
 
 def merged(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from torch import nn
 from tqdm import tqdm
 
 from papagaio.files import write_whole
@@ -19,26 +20,37 @@ from papagaio.training.progress import Progress
 WANDB_ID = "wandb_id"  # a small file in out_dir
 
 
+def flops_per_token(model: nn.Module) -> int:
+    """Floating-point operations to train a GPT on one token (PaLM, arXiv:2204.02311, appendix B): 6 per weight of the matrices
+    and the head, and 12 H D per token attended to in each layer, T or the window. The causal half is not subtracted."""
+    c, T = model.config, model.config.block_size
+    matrices = sum(layer.weight.numel() for layer in model.blocks.modules() if isinstance(layer, nn.Linear))
+    windows = sum(min(window or T, T) for window in c.windows)
+    return 6 * (matrices + c.padded_vocab_size * c.n_embd) + 12 * c.n_head * c.head_size * windows
+
+
 class RunLog:
     """Appends lines to out_dir/metrics.jsonl and shows them; a resumed run keeps the first progress.metrics_lines of them.
 
     On a terminal there is a bar, elsewhere lines on standard error. A line that a full disk refuses is written with a later one.
+    Of several processes, one writes: that of the others writes to nowhere.
     """
 
-    def __init__(self, config: RunOptions, progress: Progress, stage: str = "pretrain") -> None:
-        self.stage, self.path = stage, config.out_dir / "metrics.jsonl"
+    def __init__(self, config: RunOptions, progress: Progress, stage: str = "pretrain", writes: bool = True) -> None:
+        self.stage, self.path = stage, config.out_dir / "metrics.jsonl" if writes else Path(os.devnull)
         kept = read_metrics(self.path)[: progress.metrics_lines]
         self.elapsed_before = kept[-1]["elapsed_seconds"] if kept else 0.0
         self.lines = len(kept)
         self.file = self.path.open("ab+")
-        self.file.seek(0)
-        self.file.truncate(sum(len(self.file.readline()) for _ in kept))  # the steps of the other lines are trained again
+        if writes:
+            self.file.seek(0)
+            self.file.truncate(sum(len(self.file.readline()) for _ in kept))  # the steps of the other lines are trained again
         self.started = self.measured_from = time.perf_counter()
         self.measured_tokens = 0
         self.interactive = sys.stderr.isatty()
         shown = {"unit": "step", "disable": not self.interactive, "dynamic_ncols": True}
         self.bar = tqdm(total=config.max_steps, initial=progress.step, **shown)
-        self.wandb = _start_wandb(config, resumed=progress.step > 0) if config.wandb != "off" else None
+        self.wandb = _start_wandb(config, resumed=progress.step > 0) if writes and config.wandb != "off" else None
 
     def write(self, progress: Progress, **values: float) -> None:
         """One line: step, predicted tokens so far, seconds since the run began (earlier parts included), and these values."""

@@ -5,10 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from papagaio.runtime import computes_bfloat16
 from papagaio.training.options import RunOptions
+from papagaio.training.parallel import ALONE, World
+from papagaio.training.sharding import divided, is_divided, local, part_for, whole
 
 # The polynomial of each step is the best one for the singular values that the step before leaves (Polar Express, Amsel et al.
 # 2025, arXiv:2505.16932), here for three steps and singular values from 0.01, which end between 0.72 and 1.27. As published, with
@@ -37,51 +40,112 @@ class Muon(torch.optim.Optimizer):
 
     All directions of a matrix then learn at the same speed. The update is scaled by sqrt(max(1, rows / columns)), so that one
     learning rate fits all shapes. Matrices of the same shape, or of the transposed one, are updated together in few large
-    operations; their momenta are stacked and stored as the state of the first of them.
+    operations. With several processes, each orthogonalises every size-th matrix and keeps its momentum; the state of the others
+    is a placeholder on the meta device. If the model is divided, few matrices at a time are whole.
     """
 
     def __init__(
-        self, params: list[nn.Parameter] | list[dict[str, Any]], lr: float, momentum: float = MOMENTUM, weight_decay: float = 0.0
+        self,
+        params: list[nn.Parameter] | list[dict[str, Any]],
+        lr: float,
+        momentum: float = MOMENTUM,
+        weight_decay: float = 0.0,
+        world: World = ALONE,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         (params,) = (group["params"] for group in self.param_groups)
-        shapes = sorted({tuple(sorted(p.shape)) for p in params})
-        self.stacks = [[p for p in params if tuple(sorted(p.shape)) == shape] for shape in shapes]
+        self.world, shapes = world, sorted({tuple(sorted(p.shape)) for p in params})
+        stacks = [[p for p in params if tuple(sorted(p.shape)) == shape] for shape in shapes]
+        length = world.size if any(is_divided(p) for p in params) else max(1, len(params))
+        self.stacks = [stack[i : i + length] for stack in stacks for i in range(0, len(stack), length)]
+        self.momenta: dict[int, Tensor] = {}  # of each stack, this rank's (n, rows, columns): the state of a matrix is a view
+
+    def has(self, p: nn.Parameter) -> bool:
+        """Whether this rank has the momentum of a matrix."""
+        return any(p is own for stack in self.stacks for own in stack[self.world.rank :: self.world.size])
 
     @torch.no_grad()
     def step(self) -> None:
         group = self.param_groups[0]
-        for params in self.stacks:
-            tall = [p.size(0) > p.size(1) for p in params]
-            grads = torch.stack([p.grad.mT if t else p.grad for p, t in zip(params, tall, strict=True)])  # (N, rows, columns)
-            state = self.state[params[0]]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(grads)
-            momentum = state["momentum"].lerp_(grads, 1 - group["momentum"])
-            update = orthogonalize(grads.lerp_(momentum, group["momentum"]))  # Nesterov's variant
+        for number, params in enumerate(self.stacks):
+            own = [upright(whole(p.grad), p) for p in params][self.world.rank :: self.world.size]
+            grads = torch.stack(own) if own else None  # (n, rows, columns)
+            if number not in self.momenta:
+                self._begin(number, grads)
+            updates: list[Tensor] = []
+            if grads is not None:
+                momentum = self.momenta[number].lerp_(grads, 1 - group["momentum"])
+                updates = list(orthogonalize(grads.lerp_(momentum, group["momentum"])))  # Nesterov's variant
+            updates = self._everyones(updates, params)
             if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for p, u, t in zip(params, update.unbind(), tall, strict=True):
-                p.add_(u.mT if t else u, alpha=-group["lr"] * math.sqrt(p.size(0) / p.size(1) if t else 1))
+                torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(params, updates, strict=True):
+                scale = math.sqrt(max(1, p.size(0) / p.size(1)))
+                local(p).add_(part_for(upright(update, p), p), alpha=-group["lr"] * scale)
+
+    def _begin(self, number: int, grads: Tensor | None) -> None:
+        """Stack the momenta of a stack that have been loaded, or begin with zeros."""
+        params = self.stacks[number]
+        own = params[self.world.rank :: self.world.size]
+        loaded = [upright(self.state[p]["momentum"], p) for p in own if "momentum" in self.state[p]]
+        self.momenta[number] = torch.stack(loaded) if loaded else torch.empty(0) if grads is None else torch.zeros_like(grads)
+        views = dict(zip(own, self.momenta[number], strict=False))
+        for p in params:
+            self.state[p]["momentum"] = upright(views[p], p) if p in views else torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+    def _everyones(self, own: list[Tensor], params: list[nn.Parameter]) -> list[Tensor]:
+        """The updates of all matrices of a stack, given those that this rank has computed."""
+        size = self.world.size
+        if size == 1:
+            return own
+        shape, most = sorted(params[0].shape), -(-len(params) // size)
+        mine = torch.zeros(most, *shape, dtype=params[0].dtype, device=params[0].device)
+        for i, update in enumerate(own):
+            mine[i] = update
+        every = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(every, mine)
+        return [every[i % size][i // size] for i in range(len(params))]
+
+
+def upright(matrix: Tensor, p: nn.Parameter) -> Tensor:
+    """A matrix for a parameter p, between the parameter's own shape and the one that is not taller than wide."""
+    return matrix.mT if p.size(0) > p.size(1) else matrix
 
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
     """The state of one of these optimizers after its first step, by parameter, on the meta device."""
     empty = partial(torch.empty, device="meta")
     if isinstance(optimizer, Muon):
-        return {p[0]: {"momentum": empty((len(p), *sorted(p[0].shape)))} for p in optimizer.stacks}
+        return {p: {"momentum": empty(p.shape)} for stack in optimizer.stacks for p in stack}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return {p: {"step": empty(()), "exp_avg": empty(p.shape), "exp_avg_sq": empty(p.shape)} for p in params}
 
 
-def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model's trained parameters, by the roles that `model.parameter_roles()` gives them.
+def own_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, saved: Tensor) -> Tensor:
+    """What this rank keeps of a saved tensor of a parameter's state."""
+    if isinstance(optimizer, Muon):
+        return saved.to(p.device if optimizer.has(p) else "meta")
+    return divided(saved, p) if is_divided(p) and saved.ndim else saved.to(p.device)
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """The role of each parameter of a GPT: matrix, table, value_table, bigram_table, head, gate or vector (norms and biases)."""
+    known = dict(_gate="gate", _scale="gate", value_="value_table", bigram_="bigram_table", embed="table", head="head")
+    roles = {}
+    for name, p in model.named_parameters():
+        role = next((role for part, role in known.items() if part in name), "matrix")
+        roles[name] = role if p.ndim == 2 or role == "gate" else "vector"
+    return roles
+
+
+def make_optimizers(model: nn.Module, config: RunOptions, world: World = ALONE) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model's trained parameters, by their roles.
 
     Muon's rate fits every width and depth. The rates of the tables and the head, which AdamW trains, are given for 384 channels
     and fall with 1 / sqrt(n_embd) (LOG.md). Weight decay is for matrices only: not for tables with rates of their own, norms or
     biases.
     """
-    roles = model.parameter_roles()
+    roles = parameter_roles(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fused = all(p.device.type in ("cpu", "cuda", "mps") for p in trained.values())
 
@@ -108,7 +172,7 @@ def make_optimizers(model: nn.Module, config: RunOptions) -> list[torch.optim.Op
         eps = 1e-8 if config.optimizer == "adamw" else 1e-10
         optimizers.append(torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=eps, fused=fused))
     if config.optimizer == "muon" and matrices["params"]:
-        optimizers.append(Muon([matrices], config.learning_rate))
+        optimizers.append(Muon([matrices], config.learning_rate, world=world))
     return optimizers
 
 

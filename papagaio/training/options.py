@@ -79,7 +79,13 @@ class RunOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = machine(
         "auto", "of matrix products; auto: bfloat16 if the hardware computes it, float16 on other GPUs", resume="free"
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = machine(
+        "auto", "several processes (torchrun): ddp, each has the model; fsdp, it is divided; auto: ddp if it fits", resume="free"
+    )
     compile: bool = machine(False, "use torch.compile (pays off after minutes of training)", resume="free")
+    deterministic: bool = machine(
+        False, "the same bits from run to run on a GPU too, which takes longer; on a CPU they are so anyway", resume="free"
+    )
     activation_checkpointing: bool = machine(
         False, "recompute activations in the backward pass: less memory, a third more time", resume="free"
     )
