@@ -42,6 +42,7 @@ class ChatOptions(SamplingOptions, ModelOptions):
     encoding: str = option("utf-8", "of the file of --questions; auto: found out from its bytes", group="Questions")
     batch_size: int = option(16, "questions of --questions that are answered at the same time", group="Questions", ge=1)
     system: str = option("", "message to the model before the conversation", group="Questions")
+    history: bool = option(True, "keep the questions of a conversation in the terminal for later ones", group="Questions")
     temperature: float = temperature_option(0.0)
 
     @model_validator(mode="after")
@@ -64,8 +65,10 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from model import GPT, GPTConfig
+from papagaio.batches.questions import Reader
 from papagaio.generation.asking import NOT_ANSWERED, Question, answer_all, open_answers, read_questions
 from papagaio.generation.chat import Chat, Notice, Reply, Text
 from papagaio.generation.engine import Engine
@@ -79,12 +82,13 @@ HELP = """\
 /retry             answer the last question again
 /temperature [X]   show the temperature, or set it; 0: always the most probable token
 /save FILE         append the conversation to FILE, as a JSON line that finetune.py reads
+/load FILE         go on with the last conversation in FILE
 /help              show this list
 Enter sends, Alt-Enter begins a new line, the arrow keys find earlier questions.
 Ctrl-C stops the answer, Ctrl-D leaves. A line that begins with // is sent with one / less."""
 
 
-COMMANDS = ("/reset", "/system", "/retry", "/temperature", "/save", "/help")
+COMMANDS = ("/reset", "/system", "/retry", "/temperature", "/save", "/load", "/help")
 PIPE_SECONDS = 5  # how long --ask waits for the first byte of a pipe on standard input
 
 
@@ -102,7 +106,7 @@ def main(config: ChatOptions) -> None:
     elif config.ask is not None:
         show(chat, chat.ask(f"{passage}\n\n{config.ask}" if passage else config.ask))
     elif interactive():
-        converse(chat)
+        converse(chat, config.history)
     else:
         answer_lines(chat)
 
@@ -223,6 +227,8 @@ def respond(chat: Chat, line: str) -> str:
         case "/save":
             save(chat, rest)
             return f"saved to {rest}"
+        case "/load":
+            return load(chat, rest)
     raise UserError(f"{name}: no such command; /help lists them, // sends a line that begins with /")
 
 
@@ -240,18 +246,49 @@ def save(chat: Chat, name: str) -> None:
         raise UserError(f"{name}: {error.strerror}; name another file") from None
 
 
+def load(chat: Chat, name: str) -> str:
+    """Go on with the last conversation of a file; returns what it is."""
+    if not name:
+        raise UserError("/load FILE: a name is needed")
+    reader = Reader()
+    rows = reader.conversations(Path(name).expanduser())
+    for line in reader.check().lines():
+        print(line, file=sys.stderr)
+    messages = rows[-1].messages
+    system = messages[0].content if messages[0].role == "system" else ""
+    chat.reset(system)
+    chat.turns += messages[bool(system) :]
+    count = f"{len(chat.turns) // 2} question{'s' * (len(chat.turns) > 2)}"
+    return f"a conversation of {count}, the last of them: {chat.turns[-2].content}"
+
+
+def open_history() -> Any:
+    """The questions of earlier sessions, which only their author can read; none if they cannot be kept."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = home / "papagaio" / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError as error:
+        print(f"{path}: {error.strerror}; earlier questions are kept only in this session", file=sys.stderr)
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
 def interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def converse(chat: Chat) -> None:
+def converse(chat: Chat, keep_history: bool) -> None:
     """A conversation in the terminal, with line editing, history, and pasting of several lines."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    session: PromptSession[str] = PromptSession(key_bindings=keys)
+    session: PromptSession[str] = PromptSession(key_bindings=keys, history=open_history() if keep_history else None)
     print(dim("/help lists the commands, Ctrl-D leaves", sys.stderr), file=sys.stderr)
     while True:
         try:

@@ -31,7 +31,8 @@ def options_of(script: str) -> type[Options]:
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Options)]
     if script == "export.py":  # each command has its own
         return type("All", tuple(c for c in classes if c.__module__ == "papagaio.formats.options"), {})
-    own = (c for c in classes if c.__module__ == module.__name__ or (script, c.__name__) == ("data/prepare.py", "PrepareOptions"))
+    elsewhere = {("data/prepare.py", "PrepareOptions"), ("serve.py", "ServeOptions")}
+    own = (c for c in classes if c.__module__ == module.__name__ or (script, c.__name__) in elsewhere)
     return next(own, Options)
 
 

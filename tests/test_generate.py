@@ -101,6 +101,7 @@ def test_frequency_penalty_bias_and_bans_are_their_formulas() -> None:
         return Sampler(options(**values), 3, banned, None, logits.device).adjusted(logits, [row]).tolist()
 
     assert adjusted(frequency_penalty=0.5) == [[2.0, -3.5, 2.5]]
+    assert adjusted(presence_penalty=0.5) == [[2.0, -2.5, 2.5]]
     assert adjusted(logit_bias=("0=-1", "2=4.0")) == [[1.0, -2.0, 7.0]]
     assert adjusted(banned={0, 1}) == [[-math.inf, -math.inf, 3.0]]
     assert logits.tolist() == [[2.0, -2.0, 3.0]], "the functions are pure"

@@ -110,8 +110,18 @@ def test_options_are_checked_without_torch(name: str) -> None:
     [
         *(
             (f"{name} --no_such_option=1", "--no_such_option=1: no such option")
-            for name in ("train.py", "finetune.py", "sample.py", "chat.py", "evaluate.py", "export.py", "data/prepare.py")
+            for name in (
+                "train.py",
+                "finetune.py",
+                "sample.py",
+                "chat.py",
+                "serve.py",
+                "evaluate.py",
+                "export.py",
+                "data/prepare.py",
+            )
         ),
+        ("serve.py --checkpoint=x --host=0.0.0.0", "host 0.0.0.0: other machines reach this address"),
         ("train.py --data=x --out_dir=y --n_embd=30 --n_head=4", "n_embd 30 is not divisible by n_head 4"),
         ("finetune.py --init_from=x --data=nowhere.jsonl --out_dir=y", "nowhere.jsonl: no such file"),
         ("evaluate.py --checkpoint=x --questions=nowhere.jsonl", "nowhere.jsonl: no such file"),
@@ -127,7 +137,7 @@ def test_options_are_refused_before_torch_is_imported(command: str, message: str
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "finetune.py", "sample.py", "chat.py", "evaluate.py", "export.py", "data/prepare.py"]
+    "script", ["train.py", "finetune.py", "sample.py", "chat.py", "serve.py", "evaluate.py", "export.py", "data/prepare.py"]
 )
 def test_help_lists_the_options_on_standard_output(script: str) -> None:
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -129,7 +129,7 @@ def test_the_commands_of_a_conversation(world: Path, ask: Ask, tmp_path: Path) -
     (_, row) = [json.loads(line) for line in saved.read_text().splitlines()]
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
 
-    talk = Chat(SimpleNamespace(), SamplingOptions(temperature=0))
+    talk = Chat(SimpleNamespace(block_size=64), SamplingOptions(temperature=0))
     assert chat.respond(talk, "/temperature 0.5") == chat.respond(talk, "/temperature") == "temperature 0.5"
     assert talk.sampling.temperature == 0.5
     assert all(name in chat.respond(talk, "/help") for name in ("/reset", "/system", "/retry", "/temperature", "/save"))

@@ -170,6 +170,34 @@ class Cache:
         other._mark_static()
         return other
 
+    def beginning(self, row: int, ids: Sequence[int]) -> "Cache":
+        """A copy of the first tokens of a row, which are `ids`. No token of the row may have been dropped."""
+        other, other.rows, n = copy.copy(self), copy.copy(self.rows), len(ids)
+        other.rows.lengths, other.rows.dropped = self.rows.lengths.new_tensor([n]), self.rows.dropped.new_zeros(1)
+        other.rows.filled, other.rows.slots = [n], n
+        other.layers = [
+            LayerCache(other.rows, layer.window, *(t[row : row + 1, :, :n].clone() for t in layer.stored))
+            for layer in self.layers
+        ]
+        other.previous = self.previous.new_tensor(ids[-1:])
+        return other
+
+    @staticmethod
+    def joined(caches: Sequence["Cache"]) -> "Cache":
+        """A cache with the rows of several, in order."""
+        first, slots = caches[0], max(cache.rows.slots for cache in caches)
+        other, other.rows = copy.copy(first), copy.copy(first.rows)
+        other.rows.slots, other.rows.filled = slots, [filled for cache in caches for filled in cache.rows.filled]
+        other.rows.lengths = torch.cat([cache.rows.lengths for cache in caches])
+        other.rows.dropped = torch.cat([cache.rows.dropped for cache in caches])
+        other.layers = []
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            same = zip(*(layer.stored for layer in layers), strict=True)  # keys, and values, of all caches
+            stored = [torch.cat([F.pad(t, (0, 0, 0, slots - t.size(2))) for t in tensors]) for tensors in same]
+            other.layers.append(LayerCache(other.rows, layers[0].window, *stored))
+        other.previous = torch.cat([cache.previous for cache in caches])
+        return other
+
     def put(self, rows: Sequence[int], other: "Cache") -> None:
         """Replace rows by those of another cache, in order."""
         index = torch.tensor(rows, device=self.rows.lengths.device)

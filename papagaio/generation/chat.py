@@ -16,6 +16,7 @@ from papagaio.batches.conversations import Message, render_prompt
 from papagaio.errors import UserError
 from papagaio.generation.engine import Engine, Request
 from papagaio.generation.options import SamplingOptions
+from papagaio.generation.prefixes import Prefixes
 
 FORGOTTEN = "the oldest turns were forgotten: the context is full"
 
@@ -43,6 +44,7 @@ class Chat:
 
     def __init__(self, engine: Engine, sampling: SamplingOptions, system: str = "") -> None:
         self.engine, self.sampling = engine, sampling
+        self.prefixes = Prefixes(2 * engine.block_size)  # what the model has read of the conversation
         self.reset(system)
 
     def reset(self, system: str) -> None:
@@ -86,7 +88,8 @@ class Chat:
             if notice:
                 yield Notice(notice)
             truncated = False
-            for step in self.engine.complete([Request(prompt, self.sampling.seed + self.retries)], self.sampling):
+            request = Request(prompt, self.sampling.seed + self.retries)
+            for step in self.engine.complete([request], self.sampling, prefixes=self.prefixes):
                 self.reply.text += step.text
                 self.reply.tokens += 1
                 self.reply.finish = step.finish or ""

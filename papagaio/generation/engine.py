@@ -8,6 +8,7 @@ Many requests share the forward passes: each row of a batch has its own length, 
 next request. sample.py, chat.py and evaluate.py are front ends of it.
 """
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from papagaio.errors import UserError
 from papagaio.generation.decoding import Decoder, Row
 from papagaio.generation.layers import prepare
 from papagaio.generation.options import ModelOptions, SamplingOptions
+from papagaio.generation.prefixes import Prefixes
 from papagaio.generation.sampling import Sampler, Token
 from papagaio.generation.streaming import TextStream
 from papagaio.runs.directory import open_checkpoint
@@ -96,16 +98,18 @@ class Engine:
         top: int | None = None,
         end: Collection[int] | None = None,
         banned: Collection[int] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> Iterator[Step]:
         """Complete the requests, up to batch_size of them at a time; yields each token as it is drawn, the rows in turn.
 
         With `top`, tokens have log-probabilities, and those of the `top` most probable tokens. A completion ends at a token of
         `end` (default: <|endoftext|> and <|end|>); tokens in `banned` are not drawn (default: the other special tokens).
+        What `prefixes` holds of a prompt is not read again, and what is read now is kept there.
         Raises UserError for options with ids outside the vocabulary, MachineError if logits are not finite.
         """
         end, banned = self.end if end is None else end, self.banned if banned is None else banned
         sampler = Sampler(options, self.model.config.vocab_size, banned, top, self.device)
-        decoder = Decoder(self.model, self.device, self.dtype, options.max_new_tokens, self.compiled)
+        decoder = Decoder(self.model, self.device, self.dtype, options.max_new_tokens, self.compiled, prefixes)
         queue = enumerate(requests)
         rows: list[Row] = []
 
@@ -115,7 +119,9 @@ class Engine:
                 rows = decoder.exchange(rows, done, new)
                 return rows, sampler(decoder.logits(rows), rows) if rows else []
 
-        with runtime.evaluating(self.model):
+        with runtime.evaluating(self.model), contextlib.ExitStack() as at_the_end:
+            if prefixes is not None and not self.compiled:
+                at_the_end.callback(lambda: step(rows, list(range(len(rows))), []))
             while True:
                 done = [i for i, row in enumerate(rows) if row.finish]
                 new = [
@@ -134,9 +140,9 @@ class Engine:
                     return
                 for row, token in zip(rows, tokens, strict=True):
                     if row.finish is None:
-                        yield self._append(row, token, end)
+                        yield self.append(row, token, end)
 
-    def _append(self, row: Row, token: Token, end: Collection[int]) -> Step:
+    def append(self, row: Row, token: Token, end: Collection[int]) -> Step:
         """Append a token to a row, and decide whether it is the last."""
         truncated = len(row.ids) > self.block_size
         row.ids.append(token.id)

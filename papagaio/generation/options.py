@@ -50,6 +50,7 @@ class SamplingOptions(Options):
         1.0, "divide positive logits of tokens that occurred, multiply negative ones (1: off)", gt=0
     )
     frequency_penalty: float = sampling_option(0.0, "subtract from a token's logit for each time that it was drawn (0: off)")
+    presence_penalty: float = sampling_option(0.0, "subtract from a token's logit once it was drawn (0: off)")
     stop: tuple[str, ...] = sampling_option((), "texts before which the completion ends")
     seed: int = sampling_option(1337, "of the draws: the same seed gives the same text", ge=0, lt=2**63)
     logit_bias: tuple[str, ...] = sampling_option((), "ID=VALUE: add VALUE to the logit of the token ID; -1000 rules it out")

@@ -94,9 +94,9 @@ class Sampler:
         if self.options.repetition_penalty != 1:
             seen = _counts([row.ids for row in rows], logits) > 0
             logits = penalize_repetition(logits, seen, self.options.repetition_penalty)
-        if self.options.frequency_penalty != 0:
+        if self.options.frequency_penalty != 0 or self.options.presence_penalty != 0:
             drawn = _counts([row.ids[row.prompt_length :] for row in rows], logits)
-            logits = logits - self.options.frequency_penalty * drawn
+            logits = logits - self.options.frequency_penalty * drawn - self.options.presence_penalty * (drawn > 0)
         return logits + self.bias
 
     def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[Token]:
@@ -108,7 +108,9 @@ class Sampler:
         if not largest.isfinite().all():
             if not raw.max(-1).values.isfinite().all():
                 raise MachineError("the model gave logits that are not finite")
-            raise UserError("repetition_penalty, frequency_penalty or logit_bias rule out every token, or are too extreme")
+            raise UserError(
+                "repetition_penalty, frequency_penalty, presence_penalty or logit_bias rule out every token, or are too extreme"
+            )
         if not self.options.greedy:
             uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
             tokens = draw(filtered(logits, self.options), uniform.to(raw.device))
