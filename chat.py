@@ -255,9 +255,9 @@ def load(chat: Chat, name: str) -> str:
     for line in reader.check().lines():
         print(line, file=sys.stderr)
     messages = rows[-1].messages
-    system = messages[0].content if messages[0].role == "system" else ""
-    chat.reset(system)
-    chat.turns += messages[bool(system) :]
+    begin = int(messages[0].role == "system")
+    chat.reset(messages[0].content if begin else "")
+    chat.turns += messages[begin:]
     count = f"{len(chat.turns) // 2} question{'s' * (len(chat.turns) > 2)}"
     return f"a conversation of {count}, the last of them: {chat.turns[-2].content}"
 

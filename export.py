@@ -35,9 +35,7 @@ def parse_command(argv: list[str]) -> Options:
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
     OPTIONS = parse_command(sys.argv[1:])
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -82,19 +80,6 @@ def main(config: Options) -> None:
             to_gguf(config, open_checkpoint(config.source, config.base))
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path` if no error comes, and is removed otherwise."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        raise
-
-
 def opened(checkpoint: Checkpoint) -> tuple[GPT, Callable[[str], Tensor]]:
     """The model without weights, and its weights by name, adapters added in."""
     model = checkpoint.outline(MAKE_MODEL)
@@ -107,8 +92,7 @@ def to_huggingface(config: ToHfOptions, checkpoint: Checkpoint) -> None:
     hidden = model.blocks[0].mlp.fc.weight.size(0)
     described = configs.to_huggingface(fields, hidden)  # refuses what has no counterpart
     names = names_of(model, "huggingface", configs.family_of(fields))
-    with whole(config.out) as directory:
-        files.discard(directory)
+    with files.whole(config.out) as directory:
         directory.mkdir()
         if config.adapter:
             adapter.write(directory, checkpoint, names)
@@ -132,7 +116,7 @@ def to_gguf(config: ToGgufOptions, checkpoint: Checkpoint) -> None:
     def make_names(family: str, interleaved: bool) -> Names:
         return names_of(model, "gguf", family, interleaved)
 
-    with whole(config.out) as path:
+    with files.whole(config.out) as path:
         gguf.write_gguf(path, make_names, read, fields, tokenizer, checkpoint.is_chat, config.type)
     recipe = gguf.modelfile(config.out.name, tokenizer, checkpoint.is_chat, model.config.block_size)
     files.write_whole(config.out.with_name(f"{config.out.stem}.Modelfile"), recipe)

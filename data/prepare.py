@@ -33,6 +33,7 @@ from papagaio.corpus.spans import BadInput
 from papagaio.corpus.workers import in_parallel
 from papagaio.errors import MachineError, UserError, run
 from papagaio.files import printable, read_text
+from papagaio.launch import launcher
 from papagaio.options import parse
 from papagaio.report import Report
 from papagaio.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer, train_bpe
@@ -43,8 +44,8 @@ def main(config: PrepareOptions) -> None:
         print(inspection(Dataset(config.inspect)))
         return
     index, count = config.share_of_work
-    if count > 1 and config.launcher and not config.part:
-        print(f"part {index} of {count}, as {' and '.join(config.launcher)} say; --part 0/1 does it all", file=sys.stderr)
+    if count > 1 and not config.part and (names := launcher()):
+        print(f"part {index} of {count}, as {names[0]} and {names[1]} say; --part 0/1 does it all", file=sys.stderr)
     out, work = destination(config.out)
     fresh = not work.exists()
     with locked(work, index, count):

@@ -67,6 +67,22 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A free name beside `path` for a file or directory, which becomes `path` if no error comes, and is removed otherwise."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if temporary.exists():  # left by a crash
+        remove(temporary)
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        if temporary.exists():
+            remove(temporary)
+        raise
+
+
+@contextlib.contextmanager
 def locked_file(path: Path, message: str) -> Iterator[None]:
     """Lock a file inside the block, for this process alone; the kernel drops the lock when the process dies.
 

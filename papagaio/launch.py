@@ -13,14 +13,23 @@ class Launch(NamedTuple):
     local_rank: int = 0
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+
+def launcher() -> tuple[str, str, str] | None:
+    """The variables with rank, size and local rank, if torchrun or srun started this process as one of several.
+
+    Slurm sets SLURM_NTASKS and SLURM_PROCID in the shells of sbatch, salloc and srun --pty too, where a command runs once.
+    """
+    if os.environ.keys() >= set(TORCHRUN):
+        return TORCHRUN
+    return SRUN if os.environ.keys() >= set(SRUN) and "SLURM_PTY_PORT" not in os.environ else None
+
+
 def launched() -> Launch:
-    """The place of this process, which is alone unless torchrun started it, or srun with several tasks in this step."""
-    found = os.environ
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= found.keys():
-        return Launch(int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"]))
-    if int(found.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # which a script of sbatch has not: it is one process
-        return Launch(int(found["SLURM_PROCID"]), int(found["SLURM_STEP_NUM_TASKS"]), int(found["SLURM_LOCALID"]))
-    return Launch()
+    """The place of this process, which is alone unless torchrun or srun started it as one of several."""
+    return Launch(*(int(os.environ[name]) for name in launcher() or ()))
 
 
 def silence_other_ranks() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import regex
@@ -15,7 +16,7 @@ from model import GPT, GPTConfig
 from papagaio.errors import MachineError, UserError
 from papagaio.generation.decoding import Row
 from papagaio.generation.engine import Engine, Request, Step
-from papagaio.generation.options import SamplingOptions
+from papagaio.generation.options import ModelOptions, SamplingOptions
 from papagaio.generation.sampling import (
     Sampler,
     draw,
@@ -26,6 +27,7 @@ from papagaio.generation.sampling import (
     penalize_repetition,
 )
 from papagaio.generation.streaming import TextStream
+from papagaio.runs.checkpoint import model_maker
 from papagaio.tokenizer import ByteTokenizer
 
 LOGITS = st.lists(st.floats(-20, 20), min_size=1, max_size=12, unique=True).map(lambda row: torch.tensor([row]))
@@ -377,3 +379,10 @@ def test_streaming_does_not_part_a_character_from_its_marks(text: str) -> None:
 
 def test_text_comes_one_character_late_and_lines_at_once() -> None:
     assert stream(list(b"ab\nc")) == ["", "a", "b\n", "", "c"]
+
+
+def test_int8_is_for_a_cpu(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("papagaio.runtime.pick_device", lambda name: torch.device("meta"))
+    options = ModelOptions(checkpoint=world / "chat", quantize="int8")
+    with pytest.raises(UserError, match="--quantize=int8: its products are for a CPU, and the device is meta"):
+        Engine.open(model_maker(GPT, GPTConfig), options)

@@ -9,7 +9,7 @@ from test_model import PACKED, VARIANTS, random_ids, random_model
 from torch import Tensor
 
 from model import GPT, PRESETS, GPTConfig, Module
-from papagaio import kernels
+from papagaio import kernels, runtime
 from papagaio.training.lora import add_adapters
 
 
@@ -190,3 +190,16 @@ def test_gradients_survive_float16() -> None:
         (2**20 * loss).backward()
         grads.append(gpt.head.weight.grad.clone())
     assert (grads[1] - grads[0]).norm() < 0.01 * grads[0].norm()
+
+
+def test_a_break_of_the_graph_is_said_once() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    runtime.compilation_notice()  # of other tests
+    torch.compile(lambda x: x * 2, backend="eager")(torch.ones(3))
+    assert runtime.compilation_notice() == ""
+    torch.compile(broken, backend="eager")(torch.ones(3))
+    assert "the compiled step is not one graph" in runtime.compilation_notice()
+    assert runtime.compilation_notice() == ""

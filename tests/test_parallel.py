@@ -352,6 +352,8 @@ def test_the_place_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_PROCID", "3"), ("SLURM_LOCALID", "1")):
         monkeypatch.setenv(name, value)
     assert launched() == Launch(3, 4, 1)
+    monkeypatch.setenv("SLURM_PTY_PORT", "5")  # srun --pty: a shell in the first of the tasks
+    assert launched() == Launch()
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     assert launched() == Launch(1, 2, 0)

@@ -1,6 +1,5 @@
 """The options of data/prepare.py, and those of them that say how text files are read."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -8,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from papagaio.corpus.workers import processors
+from papagaio.launch import launched
 from papagaio.options import Options, option
 
 _files = partial(option, group="Input and output")
@@ -72,18 +72,5 @@ class PrepareOptions(ReadingOptions):
         if self.part:
             index, count = self.part.split("/")
             return int(index), int(count)
-        if launcher := self.launcher:
-            return int(os.environ[launcher[0]]), int(os.environ[launcher[1]])
-        return 0, 1
-
-    @property
-    def launcher(self) -> tuple[str, str] | None:
-        """The variables with the rank and the number of processes, if torchrun or srun started this process as one of several.
-
-        Slurm sets SLURM_NTASKS and SLURM_PROCID in the shells of sbatch, salloc and srun --pty too, where a command runs once.
-        """
-        if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-            return "RANK", "WORLD_SIZE"
-        if {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"} <= os.environ.keys() and "SLURM_PTY_PORT" not in os.environ:
-            return "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
-        return None
+        rank, size, _ = launched()
+        return rank, size

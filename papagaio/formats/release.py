@@ -1,7 +1,6 @@
 """A released model as a run's directory, which sample.py, chat.py, finetune.py, evaluate.py and train.py --init_from take."""
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -33,11 +32,6 @@ class Release(NamedTuple):
     shape: Callable[[str], Sequence[int]]
     read: Callable[[str], Tensor]
     state: dict[str, Any]  # where it comes from, for state.json
-
-
-def refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path}: is there already; name another one, or remove it")
 
 
 def names_of(model: nn.Module, format_: Format, family: str, interleaved: bool = False) -> Names:
@@ -75,16 +69,10 @@ def write_run(out_dir: Path, release: Release, make_model: MakeModel) -> None:
     weights = partial(write_tensors, shapes=names.shapes, dtype=torch.float32, read=read, metadata={})
     state = {"step": 0, "stage": "released", "answers": release.answers, "optimizer": "adamw", **release.state}
     texts = {"model.json": files.to_json(dataclasses.asdict(model.config)), "state.json": files.to_json(state)}
-    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
-    files.discard(temporary)
-    try:
+    with files.whole(out_dir) as temporary:
         contents = Contents({WEIGHTS: weights, "optimizer.safetensors": {}}, texts)
         write_checkpoint(temporary / "checkpoints" / "step-0", contents, release.tokenizer)
         files.write_whole(temporary / "checkpoints" / "last", "step-0\n")
-        temporary.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     parameters = sum(tensor.numel() for tensor in model.parameters())
     print(f"{out_dir}: {release.family}, {parameters:,} parameters, {release.tokenizer.vocab_size:,} tokens", file=sys.stderr)
 

@@ -41,7 +41,10 @@ class RowLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with weights rounded to 255 steps from -s to s, where s is the largest absolute value of each of the N rows."""
+    """nn.Linear with weights rounded to 255 steps from -s to s, where s is the largest absolute value of each of the N rows.
+
+    For a CPU: Engine.open refuses it elsewhere.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -52,9 +55,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if w.is_cpu and torch.compiler.is_compiling() and x.numel() == w.size(1):
+        if torch.compiler.is_compiling() and x.numel() == w.size(1):
             y = (row_product(w, x) * self.scale).view(*x.shape[:-1], -1)
-        elif w.is_cpu and not torch.compiler.is_compiling():
+        elif not torch.compiler.is_compiling():
             rows = x.reshape(-1, w.size(1)).bfloat16()
             y = torch._weight_int8pack_mm(rows, w, self.scale.bfloat16()).view(*x.shape[:-1], -1)
         else:
