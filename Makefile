@@ -20,9 +20,10 @@ out/atlas/data/manifest.json: data/atlas.py data/atlas.toml data/prepare.py | .v
 	$(RUN) data/atlas.py --out out/atlas
 	$(RUN) data/prepare.py --input out/atlas/corpus.jsonl --out out/atlas/data --vocab_size 2048 --keep_duplicates --overwrite
 
-# Two processes; with more threads than cores, the tests' tiny products would wait for each other.
+# Two processes; with more threads than cores, the tests' tiny products would wait for each other. In the order of the files:
+# otherwise those with a single long test come last, and one process waits for the other.
 test: .venv
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv
 	$(RUN) -m pytest -m "slow or not slow"

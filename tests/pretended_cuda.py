@@ -131,8 +131,13 @@ def any_number_of_rows(preset: str, documents: bool) -> None:
     counters.clear()
     model = kernels.accelerate(make(preset))
     run = torch.compile(model, backend="eager", fullgraph=True)
-    for rows in (3, 5, 4, 9):
-        step(model, run, preset, Batch(*(None if part is None else part[:1].expand(rows, T) for part in batch(documents))))
+    first, *others = (
+        Batch(*(None if part is None else part[:1].expand(rows, T) for part in batch(documents))) for rows in (3, 5, 4, 9)
+    )
+    step(model, run, preset, first)
+    for other in others:
+        with runtime.autocast(CUDA, torch.bfloat16):
+            likelihood(run, other)
     assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
 
 
@@ -164,7 +169,7 @@ def main() -> None:
     for preset, documents in itertools.product(PRESETS, (False, True)):
         common = {"preset": preset, "documents": documents}
         cases += [(pretraining, common | shape) for shape in ({}, {"n_kv_head": 2}, {"dropout": 0.1})]
-        cases += [(one_graph, common), (one_graph, common | {"dropout": 0.1})]
+        cases += [(one_graph, common | {"dropout": 0.1})]
         cases += [(check, common) for check in (checkpointed, adapters)]
         cases += [(pairs, common)] if not documents else []
         cases += [(any_number_of_rows, common), (dry_run_memory, common)]
