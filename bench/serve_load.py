@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,8 @@ async def second_turn(client: httpx.AsyncClient, model: str, context: int) -> tu
     return usage["prompt_tokens"], usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
 
 
-def in_process(config: ServeLoadOptions, questions: list[str]) -> tuple[dict[str, str], float, range]:
-    """chat.py's engine: its answers, its median seconds to the first text, and the ids of special tokens."""
+def in_process(config: ServeLoadOptions) -> tuple[Callable[[str], tuple[str, float]], range]:
+    """A function that asks chat.py's engine: its answer, and the seconds to its first text. And the ids of special tokens."""
     from model import GPT, GPTConfig
     from papagaio.generation.chat import Chat, Text
     from papagaio.generation.engine import Engine
@@ -159,28 +159,30 @@ def in_process(config: ServeLoadOptions, questions: list[str]) -> tuple[dict[str
     from papagaio.runs.checkpoint import model_maker
 
     engine = Engine.open(model_maker(GPT, GPTConfig), ModelOptions(checkpoint=config.checkpoint, dtype=config.dtype))
-    chat, answers, times = Chat(engine, SamplingOptions(temperature=0)), {}, []
-    for question in questions:
+    chat = Chat(engine, SamplingOptions(temperature=0, max_new_tokens=64))
+
+    def ask(question: str) -> tuple[str, float]:
         chat.reset("")
-        start, first = time.perf_counter(), None
+        start, first = time.perf_counter(), 0.0
         for event in chat.ask(question):
-            if isinstance(event, Text) and event.text and first is None:
+            if isinstance(event, Text) and event.text and not first:
                 first = time.perf_counter() - start
-        answers[question] = chat.reply.text
-        times.append(first or 0.0)
+        return chat.reply.text, first
+
     special = engine.tokenizer.special.values()
-    return answers, statistics.median(times), range(min(special), max(special) + 1)
+    return ask, range(min(special), max(special) + 1)
 
 
 async def measure(config: ServeLoadOptions, url: str, process: psutil.Process, found: dict[str, Any]) -> None:
     questions = [row.messages[-1].content for row in read_questions(config.questions)] if config.questions else []
-    expected, local, special = in_process(config, questions[:250] or [f"{i}?" for i in range(5)])
+    ask, special = in_process(config)
+    expected = {question: ask(question)[0] for question in questions[:250]}
     if len(special) > 100:  # those of a released model may lie apart: none is ruled out
         special = range(0)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         card = (await client.get("/v1/models")).json()["data"][0]
         model, tokens = card["id"], min(config.new_tokens, card["context_length"] - 40)
-        if config.clients and config.questions:
+        if config.clients and expected:
             await many_clients(client, model, config, expected)  # once, so that the allocator has what it needs
             memory = [process.memory_info().rss]
             for turn in range(config.turns):
@@ -195,8 +197,13 @@ async def measure(config: ServeLoadOptions, url: str, process: psutil.Process, f
                 rate.append(await throughput(client, model, tokens, count, special))
         one, many = (statistics.median(rate) for rate in rates.values())
         found |= {"tokens/s alone": round(one), f"tokens/s, {config.at_once} at once": round(many), "ratio": round(many / one, 2)}
-        times = [await first_token(client, model, question) for question in list(expected)[:40]]
-        found["ms to the first text, HTTP, chat.py"] = round(1e3 * statistics.median(times), 1), round(1e3 * local, 1)
+        pairs = [
+            (await first_token(client, model, question), ask(question)[1])
+            for question in questions[:30] or [f"What is {i} times seven, and why?" for i in range(20)]
+        ]
+        for name, values in zip(("HTTP", "chat.py"), zip(*pairs, strict=True), strict=True):
+            found[f"ms to the first text, {name}"] = round(1e3 * statistics.median(values), 1)
+        found["ms more over HTTP, median of pairs"] = round(1e3 * statistics.median(a - b for a, b in pairs), 1)
         found["second turn: tokens, read"] = await second_turn(client, model, card["context_length"])
 
 

@@ -36,6 +36,7 @@ class Running:
     """A server process, its address, and its log so far."""
 
     def __init__(self, checkpoint: Path, *argv: object, env: dict[str, str] | None = None) -> None:
+        self.checkpoint = checkpoint
         command = [sys.executable, "serve.py", f"--checkpoint={checkpoint}", "--port=0", *map(str, argv)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), **pipes)
@@ -510,18 +511,45 @@ def until(holds: Callable[[], bool]) -> None:
     pytest.fail("it does not come about")
 
 
-def test_a_client_that_goes_frees_its_place(start: Start, world: Path) -> None:
-    """Each of these would take minutes if it went on: the model's context is as long as its answer."""
-    server = start(world / "base", "--max_batch_size=1", "--max_queue=0")
-    before = server.metric("papagaio_generated_tokens_total")
-    body = json.dumps({"model": "base", "prompt": "The", "max_tokens": 60, "logit_bias": BANNED}).encode()
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Running:
+    """A server for one answer at a time, whose answers would take minutes: random weights, a context of 100,000 tokens."""
+    import torch
+
+    from model import GPT, GPTConfig
+    from papagaio.runs.checkpoint import contents, write_checkpoint
+    from papagaio.tokenizer import ByteTokenizer
+
+    torch.manual_seed(0)
+    tokenizer, path = ByteTokenizer(), tmp_path_factory.mktemp("models") / "endless"
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=100_000, n_layer=1, n_head=1, n_embd=16))
+    write_checkpoint(path, contents(model, [], {"step": 0}), tokenizer)
+    return start(path, "--max_batch_size=1", "--max_queue=0", "--grace=1")
+
+
+LONG = {"model": "endless", "prompt": "x", "max_tokens": 90_000, "logit_bias": {str(i): -100 for i in range(256, 261)}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_frees_its_place(endless: Running, stream: bool) -> None:
+    body = json.dumps(LONG | {"stream": stream}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     for _ in range(3):
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        with socket.create_connection(("127.0.0.1", endless.port)) as connection:
             connection.sendall(head % len(body) + body)
-        until(lambda: server.metric("papagaio_answers_running") == 0)
-    assert server.metric("papagaio_generated_tokens_total") - before < 3 * 60
-    assert 'status="499"' in server.http.get("/metrics").text
+            until(lambda: endless.metric("papagaio_answers_running") == 1)
+        until(lambda: endless.metric("papagaio_answers_running") == 0)
+    assert endless.client.completions.create(**LONG | {"max_tokens": 3}).usage.completion_tokens == 3
+
+
+def test_a_request_has_a_time_limit(start: Start, world: Path) -> None:
+    server = start(world / "base", "--request_timeout=0.02")
+    options = {"model": "base", "prompt": "The", "n": 16, "max_tokens": 60, "logit_bias": BANNED}
+    with pytest.raises(openai.APIStatusError, match="request_timeout") as error:
+        server.client.completions.create(**options)
+    assert error.value.status_code == 504
+    with pytest.raises(openai.APIError, match="request_timeout"):
+        list(server.client.completions.create(**options, stream=True))
 
 
 def test_sixty_four_clients_lose_nothing(server: Running, answers: dict[str, str]) -> None:
@@ -558,29 +586,26 @@ def test_sixty_four_clients_lose_nothing(server: Running, answers: dict[str, str
     assert wrong == []
 
 
-def test_a_request_has_a_time_limit(start: Start, world: Path) -> None:
-    server = start(world / "base", "--request_timeout=0.02")
-    options = {"model": "base", "prompt": "The", "n": 16, "max_tokens": 60, "logit_bias": BANNED}
-    with pytest.raises(openai.APIStatusError, match="request_timeout") as error:
-        server.client.completions.create(**options)
-    assert error.value.status_code == 504
-    with pytest.raises(openai.APIError, match="request_timeout"):
-        list(server.client.completions.create(**options, stream=True))
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_finishes_what_is_being_answered(start: Start, world: Path, number: int) -> None:
-    server = start(world / "base")
-    stream = iter(server.client.completions.create(model="base", prompt="The", max_tokens=60, logit_bias=BANNED, stream=True))
-    texts = [next(stream).choices[0].text]
+def test_sigterm_finishes_what_is_being_answered(endless: Running, start: Start, number: int) -> None:
+    server = start(endless.checkpoint)
+    stream = iter(server.client.completions.create(**LONG | {"max_tokens": 2000}, stream=True))
+    next(stream)
     server.process.send_signal(number)
-    finish = None
-    for chunk in stream:
-        texts.append(chunk.choices[0].text)
-        finish = chunk.choices[0].finish_reason or finish
-    assert finish == "length"
+    assert list(stream)[-1].choices[0].finish_reason == "length"
     assert server.process.wait(30) == (143 if number == signal.SIGTERM else 130)
     assert "Traceback" not in server.log
+
+
+def test_sigterm_waits_no_longer_than_grace(endless: Running, start: Start) -> None:
+    server = start(endless.checkpoint, "--grace=0.5")
+    stream = iter(server.client.completions.create(**LONG, stream=True))
+    next(stream)
+    server.process.terminate()
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(stream)
+    assert server.process.wait(30) == 143
+    until(lambda: "cut off at the end of --grace" in server.log)
 
 
 # Safety

@@ -1,5 +1,6 @@
 """What the server counts, as text for Prometheus; and a line of log for each request."""
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -53,6 +54,8 @@ class Recorder:
         scope["log"] = ""
         try:
             await self.app(scope, receive, watch)
+        except asyncio.CancelledError:  # by uvicorn, which would show a traceback
+            scope["log"] += "; cut off at the end of --grace"
         finally:
             seconds, path = time.perf_counter() - start, scope["path"]
             path = path if path in self.paths else "/page" if path.startswith("/page/") else "other"

@@ -44,6 +44,8 @@ class ServeOptions(ModelOptions):
     @property
     def key(self) -> str | None:
         """The API key, from the options or the environment."""
+        if self.no_auth:
+            return None
         return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE) or None
 
     @property

@@ -89,7 +89,8 @@ function answerActions(turn, index) {
   const found = [];
   if (last) found.push(button("Retry", () => retry()));
   if (last && turn.finish === "length") found.push(button("Continue", () => proceed(index)));
-  found.push(button("Copy", () => navigator.clipboard.writeText(turn.text).then(() => say("Copied."))));
+  // Browsers offer the clipboard only to this machine's own pages and those that come with TLS.
+  if (navigator.clipboard) found.push(button("Copy", () => navigator.clipboard.writeText(turn.text).then(() => say("Copied."))));
   if (model?.feedback && model.chat) {
     for (const [label, good] of [["Good", true], ["Bad", false]]) {
       const rate = button(label, () => rateAnswer(index, good));
