@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 SEED ?= 1337
 
-.PHONY: demo demo-controls test test-all lint bench clean
+.PHONY: demo demo-controls test test-all lint bench gallery clean
 
 # The whole path on two cores: facts -> tokens -> pretraining -> fine-tuning -> answers to questions never asked before.
 demo: .venv out/atlas/data/manifest.json
@@ -34,6 +34,10 @@ lint: .venv
 
 bench: .venv
 	$(RUN) bench/time_to_loss.py
+
+# docs/inside.md, from the demo's models and SmolLM2-135M in out/smol.
+gallery: .venv
+	$(RUN) bench/gallery.py
 
 # The stamp is written last: an installation that broke off is done again.
 .venv: .venv/installed

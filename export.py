@@ -11,29 +11,12 @@ it. `export.py COMMAND --help` lists the options of a command.
 
 import sys
 
-from papagaio.errors import fail, run
+from papagaio.errors import run
 from papagaio.formats.options import COMMANDS, FromGgufOptions, FromHfOptions, ToGgufOptions, ToHfOptions
-from papagaio.options import Options, parse
-
-
-def parse_command(argv: list[str]) -> Options:
-    """The options of the command that the first word names; its second word is --source."""
-    name, *words = argv or [""]
-    if name in ("-h", "--help"):
-        print(__doc__)
-        for command, options in COMMANDS.items():
-            print(f"{command}: {options.__doc__}\n  default: --help")
-        sys.exit(0)
-    if name not in COMMANDS:
-        what = f"{name}: no such option" if name.startswith("-") else f"{name or 'no command'}: not a command"
-        fail(f"{what}; the first word must be one of {', '.join(COMMANDS)}", 2)
-    if words and not words[0].startswith("-"):
-        words[0] = f"--source={words[0]}"
-    return parse(COMMANDS[name], words, doc=COMMANDS[name].__doc__)
-
+from papagaio.options import Options, parse_command
 
 if __name__ == "__main__":  # a wrong option is refused before torch is imported, which takes a second or two
-    OPTIONS = parse_command(sys.argv[1:])
+    OPTIONS = parse_command(COMMANDS, sys.argv[1:], __doc__)
 
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +31,7 @@ from papagaio.formats import adapter, configs, gguf, huggingface
 from papagaio.formats.names import Names
 from papagaio.formats.release import names_of, write_run
 from papagaio.formats.tensors import TensorFiles
+from papagaio.inside import runs
 from papagaio.runs.checkpoint import Checkpoint, model_maker
 from papagaio.runs.directory import open_checkpoint
 from papagaio.tokenizer import Tokenizer
@@ -104,7 +88,8 @@ def to_huggingface(config: ToHfOptions, checkpoint: Checkpoint) -> None:
             described |= ids | {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
             (directory / "config.json").write_text(files.to_json(described), encoding="utf-8")
         parameters = sum(p.numel() for p in model.parameters())
-        card = huggingface.model_card(fields, checkpoint.state, parameters, described["architectures"][0])
+        facts = runs.facts(fields, checkpoint.state, parameters)
+        card = huggingface.model_card(fields, facts, parameters, described["architectures"][0])
         (directory / "README.md").write_text(card, encoding="utf-8")
     print(f"{config.out}: {described['architectures'][0]}, {parameters:,} parameters", file=sys.stderr)
 

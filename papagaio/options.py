@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
@@ -63,6 +64,22 @@ def parse(options: type[OptionsT], argv: list[str] | None = None, doc: str | Non
         return read_options(options, sys.argv[1:] if argv is None else argv, doc)
     except UserError as error:
         fail(str(error), 2)
+
+
+def parse_command(commands: Mapping[str, type[Options]], argv: list[str], doc: str) -> Options:
+    """The options of the command that the first word names; words behind it that are no options are --source."""
+    name, *words = argv or [""]
+    if name in ("-h", "--help"):
+        print(doc)
+        for command, options in commands.items():
+            print(f"{command}: {options.__doc__}\n  default: --help")
+        sys.exit(0)
+    if name not in commands:
+        what = f"{name}: no such option" if name.startswith("-") else f"{name or 'no command'}: not a command"
+        fail(f"{what}; the first word must be one of {', '.join(commands)}", 2)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--source")
+    return parse(commands[name], words, doc=commands[name].__doc__)
 
 
 def read_options(options: type[OptionsT], argv: list[str], doc: str | None = None) -> OptionsT:

@@ -22,15 +22,19 @@ OTHER_PROGRAMS = {  # options of Slurm, torchrun and lm_eval
     *("signal", "job_name", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "time", "requeue", "open_mode"),
     *("kill_on_bad_exit", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"),
 }
-USER_FILES = re.compile(r"[\w./-]+\.(?:jsonl|csv|txt|tiktoken|md|Q4_1\.gguf)")  # files of the user's that a command line may name
+WITH_COMMANDS = ("export.py", "look.py")  # whose first word is a command
+USER_FILES = re.compile(
+    r"[\w./-]+\.(?:jsonl|csv|txt|toml|tiktoken|md|Q4_1\.gguf)"
+)  # files of the user's that a command line may name
 
 
-def options_of(script: str) -> type[Options]:
-    """The options class of `data/prepare.py` and the like; of a script without options, a class without any."""
+def options_of(script: str, command: str = "") -> type[Options]:
+    """The options class of `data/prepare.py` and the like; of a script without options, a class without any. Of a script with
+    commands that of a command, or a class with the options of all."""
     module = importlib.import_module(script.removesuffix(".py").removeprefix("bench/").replace("/", "."))
+    if script in WITH_COMMANDS:
+        return module.COMMANDS[command] if command else type("All", tuple(module.COMMANDS.values()), {})
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Options)]
-    if script == "export.py":  # each command has its own
-        return type("All", tuple(c for c in classes if c.__module__ == "papagaio.formats.options"), {})
     elsewhere = {("data/prepare.py", "PrepareOptions"), ("serve.py", "ServeOptions")}
     own = (c for c in classes if c.__module__ == module.__name__ or (script, c.__name__) in elsewhere)
     return next(own, Options)
@@ -104,14 +108,16 @@ def test_options_belong_to_a_script_that_the_page_names(page: Path) -> None:
 def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All names and types are right. The files of the user's that a line or its TOML file names are made, and empty."""
     script, *words = shlex.split(command)
-    options = options_of(script)
+    options = options_of(script, words[0] if words else "")
     shutil.copytree(ROOT / "config", tmp_path / "config")
     monkeypatch.chdir(tmp_path)
     values = [tomllib.loads(Path(word).read_text(encoding="utf-8")) for word in words if word.startswith("config/")]
     for name in USER_FILES.findall(" ".join([*words, *map(str, values)])):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    importlib.import_module("export").parse_command(words) if script == "export.py" else read_options(options, words)
+    if script in WITH_COMMANDS:  # as options.parse_command does
+        words = words[1:] if words[1].startswith("-") else ["--source", *words[1:]]
+    read_options(options, words)
 
 
 def test_a_wrong_option_in_a_command_line_is_seen() -> None:

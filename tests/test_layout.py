@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("papagaio/**/*.py")]
 LAZY = {
     *("wandb", "prompt_toolkit", "matplotlib", "babel", "transformers", "datasets", "huggingface_hub", "tokenizers"),
-    *("rustbpe", "pooch", "gguf", "jinja2"),
+    *("rustbpe", "pooch", "gguf", "jinja2", "sklearn"),
 }
 
 
@@ -111,13 +111,7 @@ def test_options_are_checked_without_torch(name: str) -> None:
         *(
             (f"{name} --no_such_option=1", "--no_such_option=1: no such option")
             for name in (
-                "train.py",
-                "finetune.py",
-                "sample.py",
-                "chat.py",
-                "serve.py",
-                "evaluate.py",
-                "export.py",
+                *("train.py", "finetune.py", "sample.py", "chat.py", "serve.py", "evaluate.py", "export.py", "look.py"),
                 "data/prepare.py",
             )
         ),
@@ -137,7 +131,8 @@ def test_options_are_refused_before_torch_is_imported(command: str, message: str
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "finetune.py", "sample.py", "chat.py", "serve.py", "evaluate.py", "export.py", "data/prepare.py"]
+    "script",
+    ["train.py", "finetune.py", "sample.py", "chat.py", "serve.py", "evaluate.py", "export.py", "look.py", "data/prepare.py"],
 )
 def test_help_lists_the_options_on_standard_output(script: str) -> None:
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)

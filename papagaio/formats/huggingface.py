@@ -190,10 +190,8 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, answers: bool, contex
     return ids
 
 
-def model_card(fields: dict[str, Any], state: dict[str, Any], parameters: int, architecture: str) -> str:
-    """README.md of an exported model: what it is, what it was trained with, and how to run it."""
-    known = {**{key: value for key, value in state.items() if key != "metrics_lines"}, **(state.get("options") or {})}
-    rows = [f"| {key} | {value} |" for key, value in known.items() if isinstance(value, str | int | float)]
+def model_card(fields: dict[str, Any], described: str, parameters: int, architecture: str) -> str:
+    """README.md of an exported model: what it is, its shape and training as `described`, and how to run it."""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -205,13 +203,11 @@ pipeline_tag: text-generation
 {fields["block_size"]:,} tokens, {fields["vocab_size"]:,} tokens in the vocabulary. If it was made from a released model, the
 license of that model holds for it too.
 
-| training | |
-|---|---|
-{chr(10).join(rows)}
-
 ```python
 from transformers import pipeline
 
 print(pipeline("text-generation", model=".")("Once upon"))
 ```
+
+{described}
 """
