@@ -2,9 +2,11 @@
 
 TEST_FAULT="1 papagaio.training.gradients.Gradients.finish 3 KILL"   rank 1, at its third call, before any restart
 TEST_WITNESS=DIR     each rank writes the gradients of its first step, and the sha256 of its weights after each step
+TEST_LITTLE_MEMORY=1 the memory has no room for a copy of the weights
 TEST_FLOAT32=1       Muon computes in float32: in bfloat16, a last bit of the gradient changes the update by 1 %
 """
 
+import errno
 import hashlib
 import importlib
 import os
@@ -41,6 +43,8 @@ def with_fault(count: int, action: str) -> Callable[[Callable[..., Any]], Callab
                     import torch
 
                     raise torch.OutOfMemoryError("out of memory, says the test")
+                if action == "FULL":
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
             return function(*args, **kwargs)
 
@@ -86,6 +90,8 @@ if __name__ == "__main__":
     silence_other_ranks()
     if os.environ.get("TEST_FLOAT32"):
         patch("papagaio.training.optimizers.computes_bfloat16", lambda _: lambda device_type: False)
+    if os.environ.get("TEST_LITTLE_MEMORY"):
+        patch("papagaio.runtime.free_memory", lambda _: lambda device: 1000)
     if os.environ.get("TEST_WITNESS"):
         watched(Path(os.environ["TEST_WITNESS"]), str(launched().rank))
     if fault := os.environ.get("TEST_FAULT"):

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,9 @@ import forked
 import pytest
 import torch
 from conftest import Call, make_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from finetune import FinetuneOptions
 from model import GPT, GPTConfig
@@ -35,6 +39,7 @@ from papagaio.files import file_sha256, sealed
 from papagaio.runs import saver
 from papagaio.runs.directory import newest, open_checkpoint, steps_saved
 from papagaio.runs.saver import Saver
+from papagaio.runs.tensors import TYPES, write_tensors
 from papagaio.tokenizer import load_tokenizer
 from papagaio.training.guard import WINDOW
 from papagaio.training.metrics import RunLog, read_metrics
@@ -718,6 +723,26 @@ def test_without_memory_for_a_copy_the_files_are_the_same(
     monkeypatch.setattr("papagaio.runtime.free_memory", lambda device: 1000)
     assert call(*command, "--out_dir", tmp_path / "held")[0] == 0
     assert outcome(tmp_path / "held") == outcome(tmp_path / "copied")
+
+
+LAYOUTS = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6),
+    st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(list(TYPES.values()))),
+    max_size=6,
+)
+
+
+@given(LAYOUTS, st.sampled_from([None, {"format": "pt"}]))
+@settings(max_examples=60, deadline=None)
+def test_tensors_written_one_by_one_are_the_file_that_the_library_writes(
+    layout: dict[str, tuple[list[int], torch.dtype]], metadata: dict[str, str] | None
+) -> None:
+    tensors = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in layout.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder, "ours"), Path(folder, "theirs")
+        write_tensors(ours, layout, tensors.__getitem__, metadata)
+        save_file(tensors, theirs, metadata)
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_full_disk_costs_no_line_of_the_metrics(tmp_path: Path) -> None:

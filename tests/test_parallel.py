@@ -226,6 +226,24 @@ def test_resuming_with_as_many_processes_gives_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_model_that_rank_0_cannot_hold_twice_is_saved_tensor_by_tensor(
+    world: Path, torchrun: Torchrun, tmp_path: Path, mode: str
+) -> None:
+    """In the same file, also if a save in the middle fails."""
+    for name, fault in (("copied", {}), ("one-by-one", {"little_memory": 1})):
+        argv = pretraining(world, tmp_path / name, f"--parallel={mode}")
+        done = torchrun(2, *argv, float32=1, **fault)
+        assert done.returncode == 0, done.stderr
+    assert end(tmp_path / "one-by-one") == end(tmp_path / "copied")
+    fault = "0 papagaio.runs.saver.write_tensors 3 FULL"
+    done = torchrun(2, *pretraining(world, tmp_path / "full", f"--parallel={mode}"), float32=1, little_memory=1, fault=fault)
+    assert done.returncode == 0, done.stderr
+    assert "step-4 was not saved: No space left on device" in done.stderr
+    assert end(tmp_path / "full") == end(tmp_path / "copied")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("options", [[], ["--optimizer=adamw", "--learning_rate=1e-3", "--grad_clip=0.5"], ["--preset=frontier"]])
 def test_a_divided_model_trains_as_a_whole_one(

@@ -7,8 +7,8 @@ import torch
 from papagaio.errors import UserError
 from papagaio.files import read_object, to_json
 from papagaio.formats.names import Names, rotary_rows
-from papagaio.formats.tensors import write_tensors
-from papagaio.runs.checkpoint import ADAPTERS, CURE, Checkpoint, finite_tensors
+from papagaio.runs.checkpoint import ADAPTERS, Checkpoint
+from papagaio.runs.tensors import CURE, finite_tensors, write_tensors
 from papagaio.training.lora import PREFIX
 
 
@@ -29,8 +29,8 @@ def write(directory: Path, checkpoint: Checkpoint, names: Names) -> None:
             if layer.endswith((".q", ".k")) and names.family == "llama":
                 tensor = rotary_rows(tensor, names.head_size, names.interleaved, back=True)
         found[f"{PREFIX}{names.theirs(ours).removesuffix('.weight')}.lora_{part}"] = tensor
-    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(found.items())}
-    write_tensors(directory / ADAPTERS, shapes, torch.float32, found.__getitem__, {"format": "pt"})
+    layout = {name: (tensor.shape, torch.float32) for name, tensor in found.items()}
+    write_tensors(directory / ADAPTERS, layout, found.__getitem__, {"format": "pt"})
     targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in found})
     config |= {"target_modules": targets, "task_type": "CAUSAL_LM"}
     (directory / "adapter_config.json").write_text(to_json(config), encoding="utf-8")

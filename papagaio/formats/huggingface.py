@@ -16,8 +16,9 @@ from papagaio.errors import MachineError, UserError
 from papagaio.files import read_object, to_json
 from papagaio.formats.configs import from_huggingface
 from papagaio.formats.release import Release
-from papagaio.formats.tensors import INDEX, TensorFiles, write_tensors
+from papagaio.formats.tensors import INDEX, TensorFiles
 from papagaio.formats.vocabulary import jinja_of, own_json, released
+from papagaio.runs.tensors import write_tensors
 from papagaio.tokenizer import ReleasedTokenizer, Tokenizer
 
 CURE = "a directory as save_pretrained of transformers writes it is needed"
@@ -139,22 +140,22 @@ def write_weights(
     directory: Path, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], dtype: torch.dtype, shard_bytes: int
 ) -> None:
     """model.safetensors, or shards of at most shard_bytes (a larger tensor is alone in its shard) with their index."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    shards: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     size = total = 0
     for name, shape in shapes.items():
         n_bytes = torch.Size(shape).numel() * dtype.itemsize
         if shards[-1] and size + n_bytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = shape
+        shards[-1][name] = (shape, dtype)
         size, total = size + n_bytes, total + n_bytes
     if len(shards) == 1:
-        write_tensors(directory / "model.safetensors", shards[0], dtype, read, {"format": "pt"})
+        write_tensors(directory / "model.safetensors", shards[0], read, {"format": "pt"})
         return
     places = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(directory / file, shard, dtype, read, {"format": "pt"})
+        write_tensors(directory / file, shard, read, {"format": "pt"})
         places |= dict.fromkeys(shard, file)
     (directory / INDEX).write_text(to_json({"metadata": {"total_size": total}, "weight_map": places}))
 

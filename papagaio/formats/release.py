@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from papagaio import files
 from papagaio.errors import UserError
 from papagaio.formats.names import Format, Names
-from papagaio.formats.tensors import write_tensors
-from papagaio.runs.checkpoint import WEIGHTS, Contents, MakeModel, write_checkpoint
+from papagaio.runs.checkpoint import MOMENTS, WEIGHTS, Contents, MakeModel, write_checkpoint
+from papagaio.runs.tensors import write_tensors
 from papagaio.tokenizer import Tokenizer
 
 
@@ -66,11 +66,12 @@ def write_run(out_dir: Path, release: Release, make_model: MakeModel) -> None:
             raise UserError(f"{place.parent}: {names.theirs(name)} holds numbers that are not finite")
         return tensor
 
-    weights = partial(write_tensors, shapes=names.shapes, dtype=torch.float32, read=read, metadata={})
+    layout = {name: (shape, torch.float32) for name, shape in names.shapes.items()}
+    weights = partial(write_tensors, layout=layout, read=read)
     state = {"step": 0, "stage": "released", "answers": release.answers, "optimizer": "adamw", **release.state}
     texts = {"model.json": files.to_json(dataclasses.asdict(model.config)), "state.json": files.to_json(state)}
     with files.whole(out_dir) as temporary:
-        contents = Contents({WEIGHTS: weights, "optimizer.safetensors": {}}, texts)
+        contents = Contents({WEIGHTS: weights, MOMENTS: {}}, texts)
         write_checkpoint(temporary / "checkpoints" / "step-0", contents, release.tokenizer)
         files.write_whole(temporary / "checkpoints" / "last", "step-0\n")
     parameters = sum(tensor.numel() for tensor in model.parameters())

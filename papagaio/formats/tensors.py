@@ -1,47 +1,18 @@
-"""Tensors in safetensors files, one at a time: a model may be larger than the memory.
+"""The tensors of a released model, which may lie in several safetensors files; they are read one at a time."""
 
-The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header, the header in JSON, the data. The
-library reads it memory-mapped, but writes only what is in memory as a whole; `write_tensors` writes one tensor after another.
-"""
-
-import json
-import struct
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from papagaio.errors import UserError
 from papagaio.files import read_object
+from papagaio.runs.tensors import TYPES
 
-TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
 CURE = "take the whole directory again from where it was made"
-
-
-def write_tensors(
-    path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, read: Callable[[str], Tensor], metadata: dict[str, str]
-) -> None:
-    """Write tensors of these names and shapes in this order and type; `read` gives them by name, one at a time."""
-    code = next(code for code, kind in TYPES.items() if kind == dtype)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes.items():
-            tensor = read(name).to(dtype).contiguous()
-            assert tensor.shape == torch.Size(shape), name
-            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
 
 
 class TensorFiles:

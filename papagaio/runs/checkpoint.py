@@ -15,20 +15,21 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from papagaio import files
-from papagaio.errors import MachineError, UserError
+from papagaio.errors import UserError
 from papagaio.files import SAVE_TENSORS, FileName, Manifest, Sha256, read_object, refuse_pickle, to_json
+from papagaio.runs.tensors import CURE, compare, finite_tensors, read_tensors
 from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from papagaio.training.lora import adapter_state, adapters, expected, load_adapters, merged
 from papagaio.training.optimizers import expected_state, own_state
 from papagaio.training.sharding import local, part_for
 
-WEIGHTS, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
-CURE = "take another checkpoint"
+WEIGHTS, ADAPTERS, MOMENTS = "model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"
+METADATA = {WEIGHTS: None, ADAPTERS: {"format": "pt"}, MOMENTS: None}  # PEFT asks for the format
 LONGEST_CONTEXT = 2**22  # tokens; longer than that of any model so far
 MakeModel = Callable[[dict[str, Any]], nn.Module]
 
@@ -57,7 +58,7 @@ def contents(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: d
         for p, kept in optimizer.state.items()
         for key, tensor in kept.items()
     }
-    return Contents(tensors | {"optimizer.safetensors": moments}, texts)
+    return Contents(tensors | {MOMENTS: moments}, texts)
 
 
 def write_checkpoint(final: Path, contents: Contents, tokenizer: Tokenizer) -> None:
@@ -70,8 +71,7 @@ def write_checkpoint(final: Path, contents: Contents, tokenizer: Tokenizer) -> N
         for name, text in contents.texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         for name, tensors in contents.tensors.items():
-            metadata = {"format": "pt"} if name == ADAPTERS else None  # which PEFT asks for
-            tensors(temporary / name) if callable(tensors) else save_file(tensors, temporary / name, metadata)
+            tensors(temporary / name) if callable(tensors) else save_file(tensors, temporary / name, METADATA[name])
             shutil.copymode(temporary / "model.json", temporary / name)  # safetensors lets only the owner read its files
         save_tokenizer(tokenizer, temporary / "tokenizer")
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -172,7 +172,7 @@ class Checkpoint:
 
     def load_optimizers(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """Restore the saved state of the optimizers. Raises UserError if they are other optimizers."""
-        path = self.path / "optimizer.safetensors"
+        path = self.path / MOMENTS
         names = {p: name for name, p in model.named_parameters()}
         saved, wanted = finite_tensors(path), {}
         if any(tensor.ndim == 3 for tensor in saved.values()):
@@ -228,7 +228,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Verify a checkpoint directory and read its small files. Raises UserError, which names the file concerned."""
     hashes = files.read_manifest(path / "manifest.json", CheckpointManifest, CURE)["files"]
     weights = ADAPTERS if ADAPTERS in hashes else WEIGHTS
-    needed = {weights, "model.json", "state.json", "optimizer.safetensors", "tokenizer/tokenizer.json"}
+    needed = {weights, "model.json", "state.json", MOMENTS, "tokenizer/tokenizer.json"}
     if missing := (needed | ({"adapter_config.json"} if weights == ADAPTERS else set())) - hashes.keys():
         raise UserError(f"{path / 'manifest.json'}: does not name {min(missing)}, so that it cannot be verified; {CURE}")
     for name, sha256 in hashes.items():
@@ -242,33 +242,3 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if type(state.get("step")) is not int:
         raise UserError(f"{path / 'state.json'}: step must be a whole number, not {state.get('step')!r}; {CURE}")
     return Checkpoint(path, fields, state, load_tokenizer(path / "tokenizer"), path / weights, hashes[weights])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, memory-mapped: only what is used is read. Raises UserError if it is none."""
-    try:
-        return load_file(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        refuse_pickle(path, SAVE_TENSORS)
-        raise UserError(f"{path}: not a safetensors file: {error}; {CURE}") from None
-
-
-def compare(path: Path, wanted: Mapping[str, Tensor], who: str = "the model", cure: str = CURE) -> None:
-    """Raises UserError unless a safetensors file has exactly the names, types and shapes of `wanted`, which `who` has."""
-    found = read_tensors(path)
-    for name in (*wanted, *(found.keys() - wanted.keys())):
-        is_, has = (
-            "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            for tensor in (found.get(name), wanted.get(name))
-        )
-        if is_ != has:
-            raise UserError(f"{path}: {name} is {is_} where {who} has {has}; {cure}")
-
-
-def finite_tensors(path: Path) -> dict[str, Tensor]:
-    """Like `read_tensors`, but raises MachineError for numbers that are not finite."""
-    tensors = read_tensors(path)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise MachineError(f"{path}: {name} holds numbers that are not finite")
-    return tensors

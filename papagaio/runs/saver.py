@@ -1,10 +1,12 @@
-"""Saving during training: the weights are copied, and a thread writes the copy to the disk.
+"""Saving during training: the weights are copied, and a thread writes the copy to the disk. Where the memory has no room for a
+copy, training waits while one tensor after another is written.
 
 If the disk fails, a warning is printed and training goes on: earlier checkpoints are kept, and the next save tries again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -14,14 +16,17 @@ from torch import Tensor, nn
 from papagaio import runtime
 from papagaio.errors import MachineError
 from papagaio.files import write_whole
-from papagaio.runs.checkpoint import Contents, contents, write_checkpoint
+from papagaio.runs.checkpoint import METADATA, Contents, contents, write_checkpoint
 from papagaio.runs.directory import prune
+from papagaio.runs.tensors import Layout, in_file_order, write_tensors
 from papagaio.tokenizer import Tokenizer
 from papagaio.training.metrics import RunLog
 from papagaio.training.options import RunOptions
 from papagaio.training.parallel import ALONE, World
 from papagaio.training.plots import plot_losses
 from papagaio.training.sharding import holders, to_rank_0
+
+Tensors = dict[tuple[str, str], Tensor]  # by file and name
 
 
 class Saver:
@@ -37,21 +42,23 @@ class Saver:
         self.saved = self.asked = saved
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self.tasks: list[Future[Any]] = []
-        self.copies: dict[tuple[str, str], Tensor] = {}  # by file and name
+        self.copies: Tensors = {}
 
     def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
         """Save the state after state["step"] steps, unless it is saved already. Waits for the save before."""
         self.wait()
         if not self.world.on_rank_0(lambda: state["step"] != self.saved):
             return
-        found = contents(model, optimizers, state)
-        copied = self._copied(found.tensors)
-        if self.world.rank:
-            return
-        self.asked = state["step"]
-        self.tasks.append(self.pool.submit(self._save, self.asked, found._replace(tensors=copied)))
-        if copied is found.tensors:
-            self.wait()
+        found, self.asked = contents(model, optimizers, state), state["step"]
+        layouts = {file: {name: (t.shape, t.dtype) for name, t in named.items()} for file, named in found.tensors.items()}
+        tensors = {(file, name): found.tensors[file][name] for file, layout in layouts.items() for name in in_file_order(layout)}
+        if self.world.on_rank_0(partial(self._has_room, tensors)):
+            self._copy(tensors)
+            given = {file: {name: self.copies.get((file, name)) for name in layout} for file, layout in layouts.items()}
+            if self.world.rank == 0:
+                self.tasks.append(self.pool.submit(self._save, self.asked, found._replace(tensors=given)))
+        else:
+            self._save_one_by_one(found, layouts, self._whole(tensors))
 
     def mark_best(self) -> None:
         """Let `best` name the checkpoint that was saved last, once it is on the disk."""
@@ -103,25 +110,41 @@ class Saver:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             self.log.say(f"warning: {failure}: {reason}; what was saved before is kept, and the next save tries again")
 
-    def _copied(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """A copy of the tensors, in memory that the next save uses again, page-locked for a GPU; the tensors themselves if there
-        is too little memory, and then saving blocks training."""
-        named = sorted((file, name) for file in tensors for name in tensors[file])  # in the same order on all ranks
-        every = {(file, name): tensors[file][name].detach() for file, name in named}
-        new = {key: tensor for key, tensor in every.items() if key not in self.copies and self.world.rank == 0}
-        free = runtime.free_memory(torch.device("cpu")) if self.world.size == 1 else None
-        if new and free is not None and free < 2 * sum(tensor.nbytes for tensor in new.values()):
-            return tensors
-        self.copies |= {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for key, t in new.items()}
-        device = next(iter(every.values())).device  # of the weights
-        for (key, tensor), holder in zip(every.items(), holders(list(every.values()), self.world), strict=True):
-            found = to_rank_0(tensor, holder, device, self.world)
+    def _has_room(self, tensors: Tensors) -> bool:
+        """Whether a copy of the tensors fits into the memory, as far as it can be measured, and leaves as much free."""
+        new = sum(tensor.numel() * tensor.element_size() for key, tensor in tensors.items() if key not in self.copies)
+        free = runtime.free_memory(torch.device("cpu"))
+        return not new or free is None or free >= 2 * new
+
+    def _copy(self, tensors: Tensors) -> None:
+        """Copy the tensors into memory that the next save uses again, page-locked for a GPU."""
+        device = next(iter(tensors.values())).device  # of the weights
+        for key, tensor in self._whole(tensors):
             if self.world.rank == 0:
-                self.copies[key].copy_(found, non_blocking=True)
+                if key not in self.copies:
+                    self.copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self.copies[key].copy_(tensor, non_blocking=True)
         runtime.synchronize(device)
-        if self.world.rank:
-            return {}
-        return {file: {name: self.copies[file, name] for name in named} for file, named in tensors.items()}
+
+    def _save_one_by_one(self, found: Contents, layouts: dict[str, Layout], arriving: Iterator[tuple[Any, Tensor]]) -> None:
+        """Rank 0 writes each tensor as soon as it arrives."""
+
+        def read(name: str) -> Tensor:
+            key, tensor = next(arriving)
+            assert key[1] == name
+            return tensor.cpu()
+
+        if self.world.rank == 0:
+            files = {f: partial(write_tensors, layout=named, read=read, metadata=METADATA[f]) for f, named in layouts.items()}
+            self._save(self.asked, found._replace(tensors=files))
+        for _ in arriving:  # all ranks pass all tensors on, also if rank 0's disk has failed
+            pass
+
+    def _whole(self, tensors: Tensors) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """The tensors one by one; rank 0 gets them whole, whichever rank has them. All ranks must take all of them."""
+        device = next(iter(tensors.values())).device
+        for (key, tensor), holder in zip(tensors.items(), holders(list(tensors.values()), self.world), strict=True):
+            yield key, to_rank_0(tensor.detach(), holder, device, self.world)
 
     def __enter__(self) -> Self:
         return self
