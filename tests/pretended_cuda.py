@@ -104,7 +104,11 @@ def pretraining(preset: str, documents: bool, **shape: Any) -> None:
 
 def one_graph(preset: str, documents: bool, **shape: Any) -> None:
     model = kernels.accelerate(make(preset, **shape))
-    step(model, torch.compile(model, backend="eager", fullgraph=True), preset, batch(documents))
+    run, given = torch.compile(model, backend="eager", fullgraph=True), batch(documents)
+    step(model, run, preset, given)
+    with torch.no_grad(), runtime.evaluating(model), runtime.autocast(CUDA, torch.bfloat16):
+        losses = run(given.ids, given.targets, doc_ids=given.doc_ids, reduction="none")
+    assert (losses.shape, losses.device.type) == ((B, T), "cuda")
 
 
 def checkpointed(preset: str, documents: bool) -> None:

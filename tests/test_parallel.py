@@ -54,7 +54,7 @@ def figures(run: Path, *keys: str) -> list[tuple[float, ...]]:
 
 def assert_near(run: Path, other: Path, tolerance: float) -> None:
     """Losses and targets of every step, and the weights and moments at the end, are those of the other run."""
-    for keys in (("train_loss", "grad_norm"), ("val_loss", "val_bpb")):
+    for keys in (("train_loss", "grad_norm"), ("val_loss",)):
         torch.testing.assert_close(figures(run, *keys), figures(other, *keys), rtol=0, atol=tolerance)
     assert figures(run, "tokens") == figures(other, "tokens")
     step = (other / "checkpoints" / "last").read_text().strip()
@@ -258,7 +258,7 @@ def test_a_divided_model_trains_as_a_whole_one(
 
 FINETUNINGS = {
     "answers": ["--data=qa_train.jsonl", "--optimizer=adamw", "--learning_rate=1e-3", "--replay_data=data"],
-    "unpacked": ["--data=qa_train.jsonl", "--packing=false", "--micro_batch_size=3", "--freeze_layers=1"],
+    "unpacked": ["--data=qa_train.jsonl", "--packing=false", "--micro_batch_size=1", "--freeze_layers=1"],
     "adapters": ["--data=qa_train.jsonl", "--lora_rank=4", "--lora_merge"],
     "preferences": ["--data=preferences.jsonl", "--replay_data=data", "--replay=0.3"],
 }
@@ -305,7 +305,8 @@ def test_all_ranks_halve_the_micro_batch_if_one_runs_out_of_memory(
         assert done.stderr.count("out of memory: from step") == 1
         assert_near(out, runs(1), 1e-5)
     done = torchrun(2, *pretraining(world, tmp_path / "not"), fault="1 papagaio.kernels.next_token_loss 3 OOM")
-    assert [line[:48] for line in errors(done)] == ["error: rank 1: out of memory at step 2, with 4 "[:48]]
+    (line,) = errors(done)
+    assert line.startswith("error: rank 1: out of memory at step 2, with 4 sequences")
 
 
 def test_a_mistake_is_one_line(world: Path, torchrun: Torchrun, tmp_path: Path) -> None:
