@@ -133,10 +133,10 @@ def pairs(preset: str, documents: bool) -> None:
 def any_number_of_rows(preset: str, documents: bool) -> None:
     """Packed fine-tuning has another number of rows at each step: torch compiles for the first, and then once for all."""
     counters.clear()
-    model = kernels.accelerate(make(preset))
+    model = kernels.accelerate(make(preset, n_layer=1))
     run = torch.compile(model, backend="eager", fullgraph=True)
     first, *others = (
-        Batch(*(None if part is None else part[:1].expand(rows, T) for part in batch(documents))) for rows in (3, 5, 4, 9)
+        Batch(*(None if part is None else part[:1].expand(rows, T) for part in batch(documents))) for rows in (3, 5, 4)
     )
     step(model, run, preset, first)
     for other in others:
@@ -172,11 +172,10 @@ def main() -> None:
     cases: list[tuple[Callable[..., None], dict[str, Any]]] = [(gpt2_loss_in_few_operations, {})]
     for preset, documents in itertools.product(PRESETS, (False, True)):
         common = {"preset": preset, "documents": documents}
-        cases += [(pretraining, common | shape) for shape in ({}, {"n_kv_head": 2}, {"dropout": 0.1})]
+        cases += [(pretraining, common | shape) for shape in ({}, {"n_kv_head": 2})]
         cases += [(one_graph, common | {"dropout": 0.1})]
         cases += [(check, common) for check in (checkpointed, adapters)]
-        cases += [(pairs, common)] if not documents else []
-        cases += [(any_number_of_rows, common), (dry_run_memory, common)]
+        cases += [(any_number_of_rows if documents else pairs, common), (dry_run_memory, common)]
     failed = 0
     for check, options in cases:
         torch._dynamo.reset()
