@@ -1,7 +1,8 @@
 """torchrun ... tests/ranked.py SCRIPT ARGUMENTS: one of several processes, in which happens what a test wants.
 
 TEST_FAULT="1 papagaio.training.gradients.Gradients.finish 3 KILL"   rank 1, at its third call, before any restart
-TEST_WITNESS=DIR     each rank writes the gradients of its first step, and the sha256 of its weights after each step
+TEST_WITNESS=DIR     each rank writes the gradients of its first step, the sha256 of its weights after each step, and the bytes of its
+                     parameters and optimizer state
 TEST_LITTLE_MEMORY=1 the memory has no room for a copy of the weights
 TEST_FLOAT32=1       Muon computes in float32: in bfloat16, a last bit of the gradient changes the update by 1 %
 """
@@ -57,7 +58,7 @@ def watched(folder: Path, rank: str) -> None:
     """Write down gradients and weights."""
     from safetensors.torch import save_file
 
-    from papagaio.training.sharding import whole
+    from papagaio.training.sharding import local, whole
 
     def clearing(clear: Callable[..., Any]) -> Callable[..., Any]:
         def first(self: Any) -> None:
@@ -75,6 +76,9 @@ def watched(folder: Path, rank: str) -> None:
                 digest.update(whole(p.detach()).contiguous().numpy().tobytes())
             with (folder / f"weights-{rank}.txt").open("a") as file:
                 file.write(digest.hexdigest() + "\n")
+            kept = [t for optimizer in self.optimizers for state in optimizer.state.values() for t in state.values()]
+            held = [local(t) for t in (*self.model.parameters(), *kept) if not t.is_meta]
+            (folder / f"bytes-{rank}.txt").write_text(str(sum(t.nbytes for t in held)))
             return done
 
         return then

@@ -250,10 +250,15 @@ def test_a_divided_model_trains_as_a_whole_one(
     world: Path, torchrun: Torchrun, tmp_path: Path, processes: int, options: list[str]
 ) -> None:
     fsdp = ["--parallel=fsdp", "--activation_checkpointing", "--micro_batch_size=2"]
-    assert torchrun(1, *pretraining(world, tmp_path / "one", *options), float32=1).returncode == 0
-    done = torchrun(processes, *pretraining(world, tmp_path / "fsdp", *options, *fsdp), float32=1)
-    assert done.returncode == 0, done.stderr
-    assert_near(tmp_path / "fsdp", tmp_path / "one", 2e-5)
+    for name, count, more in (("one", 1, []), ("fsdp", processes, fsdp)):
+        (tmp_path / name / "witness").mkdir(parents=True)
+        argv = pretraining(world, tmp_path / name / "run", *options, *more)
+        done = torchrun(count, *argv, float32=1, witness=tmp_path / name / "witness")
+        assert done.returncode == 0, done.stderr
+    assert_near(tmp_path / "fsdp" / "run", tmp_path / "one" / "run", 2e-5)
+    held = {n: [int(path.read_text()) for path in (tmp_path / n / "witness").glob("bytes-*.txt")] for n in ("one", "fsdp")}
+    assert len(held["fsdp"]) == processes
+    assert max(held["fsdp"]) <= held["one"][0] * (1 / processes + 0.1)
 
 
 FINETUNINGS = {
