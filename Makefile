@@ -35,7 +35,7 @@ lint: .venv
 bench: .venv
 	$(RUN) bench/time_to_loss.py
 
-# docs/inside.md, from the demo's models and SmolLM2-135M in out/smol.
+# docs/inside.md, from what `make demo` and `make smol` leave under out/.
 gallery: .venv
 	$(RUN) bench/gallery.py
 

@@ -31,7 +31,7 @@ from papagaio.formats import adapter, configs, gguf, huggingface
 from papagaio.formats.names import Names
 from papagaio.formats.release import names_of, write_run
 from papagaio.formats.tensors import TensorFiles
-from papagaio.inside import runs
+from papagaio.inside.report import facts
 from papagaio.runs.checkpoint import Checkpoint, model_maker
 from papagaio.runs.directory import open_checkpoint
 from papagaio.tokenizer import Tokenizer
@@ -88,8 +88,8 @@ def to_huggingface(config: ToHfOptions, checkpoint: Checkpoint) -> None:
             described |= ids | {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
             (directory / "config.json").write_text(files.to_json(described), encoding="utf-8")
         parameters = sum(p.numel() for p in model.parameters())
-        facts = runs.facts(fields, checkpoint.state, parameters)
-        card = huggingface.model_card(fields, facts, parameters, described["architectures"][0])
+        described_run = facts(fields, checkpoint.state, parameters)
+        card = huggingface.model_card(fields, described_run, parameters, described["architectures"][0])
         (directory / "README.md").write_text(card, encoding="utf-8")
     print(f"{config.out}: {described['architectures'][0]}, {parameters:,} parameters", file=sys.stderr)
 

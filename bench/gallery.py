@@ -1,6 +1,6 @@
 """Run look.py on the demo's models and on SmolLM2, and write docs/inside.md with the pictures and what one sees in each.
 
-    python bench/gallery.py                  (make gallery: after make demo, and export.py from-hf of SmolLM2-135M to out/smol)
+    python bench/gallery.py                  (make gallery: after make demo and make smol)
 
 What is told of each picture stands in docs/inside/gallery.toml, in English and in Portuguese. The runs that are missing under
 out/ are trained: the demo's model with a checkpoint every 75 steps, and short ones with each positional encoding.
@@ -23,9 +23,14 @@ from papagaio.options import Options, load_toml, option, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURES = Path("docs/inside.md"), Path("docs/inside")
+NEEDED = {
+    "out/atlas/data/manifest.json": "make demo",
+    "out/demo_base/checkpoints/last": "make demo",
+    "out/demo_chat/checkpoints/last": "make demo",
+    "out/smol/checkpoints/last": "make smol",
+}
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 SHORT = ("--max_steps=300", "--eval_interval=50", "--keep=20")
-HELD_OUT = Path("out/look/held_out.txt")
 LINES = 24  # of an output that are shown
 HEADINGS = {"en": "# Inside a model", "pt": "# Por dentro de um modelo"}
 
@@ -37,12 +42,12 @@ class GalleryOptions(Options):
 
 
 def main(config: GalleryOptions) -> None:
-    for path in ("out/demo_base", "out/demo_chat", "out/atlas/data", "out/smol"):
+    for path, cure in NEEDED.items():
         if not (ROOT / path).exists():
-            cure = "python export.py from-hf HuggingFaceTB/SmolLM2-135M --out_dir out/smol" if "smol" in path else "make demo"
             raise UserError(f"{path}: is not there; {cure} makes it")
     train()
-    write_held_out()
+    write_pairs("qa_test", Path("out/look/held_out.txt"))
+    write_pairs("qa_left_out", Path("out/look/left_out.txt"))
     _, table = load_toml(ROOT / PICTURES / "gallery.toml")
     outputs = ROOT / "out/look/outputs.json"
     known: dict[str, str] = json.loads(outputs.read_text(encoding="utf-8")) if outputs.exists() else {}
@@ -68,9 +73,10 @@ def train() -> None:
             call("train.py", "config/demo_pretrain.toml", f"--out_dir={path}", "--overwrite", *options)
 
 
-def write_held_out() -> None:
-    """Pairs of the demo's test questions, whose entities fine-tuning has not seen: country and currency, and both names."""
-    rows = [json.loads(line) for line in (ROOT / "out/atlas/qa_test.jsonl").read_text(encoding="utf-8").splitlines()]
+def write_pairs(questions: str, path: Path) -> None:
+    """Pairs of the demo's questions, country and currency, and both names: those whose entities fine-tuning has not seen
+    (qa_test), and those whose facts are not in the corpus (qa_left_out)."""
+    rows = [json.loads(line) for line in (ROOT / f"out/atlas/{questions}.jsonl").read_text(encoding="utf-8").splitlines()]
     patterns = {"currency": ("country : currency", r"What is the currency of (.*)\?")}
     for sort in ("territory", "currency", "language"):
         patterns[f"{sort} to Portuguese"] = (f"{sort}, English : Portuguese", r"What is the Portuguese name of (.*)\?")
@@ -79,8 +85,8 @@ def write_held_out() -> None:
         lines.append(f": {name}")
         found = ((re.fullmatch(pattern, row["question"]), row["answer"]) for row in rows if row["kind"] == kind)
         lines += [f"{match[1]}\t{answer.removesuffix('.')}" for match, answer in found if match]
-    (ROOT / HELD_OUT).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(ROOT / HELD_OUT, "\n".join(lines) + "\n")
+    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(ROOT / path, "\n".join(lines) + "\n")
 
 
 def look(name: str, entry: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """torchrun ... tests/ranked.py SCRIPT ARGUMENTS: one of several processes, in which happens what a test wants.
 
 TEST_FAULT="1 papagaio.training.gradients.Gradients.finish 3 KILL"   rank 1, at its third call, before any restart
-TEST_WITNESS=DIR     each rank writes the gradients of its first step, the sha256 of its weights after each step, and the bytes of its
-                     parameters and optimizer state
+TEST_WITNESS=DIR     each rank writes the gradients of its first step, the sha256 of its weights after each step, and their size
 TEST_LITTLE_MEMORY=1 the memory has no room for a copy of the weights
 TEST_FLOAT32=1       Muon computes in float32: in bfloat16, a last bit of the gradient changes the update by 1 %
 """
@@ -55,7 +54,7 @@ def with_fault(count: int, action: str) -> Callable[[Callable[..., Any]], Callab
 
 
 def watched(folder: Path, rank: str) -> None:
-    """Write down gradients and weights."""
+    """Write down gradients, sha256 of weights, and the bytes of parameters and optimizer state that this rank has."""
     from safetensors.torch import save_file
 
     from papagaio.training.sharding import local, whole

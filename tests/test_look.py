@@ -14,10 +14,13 @@ from test_model import TINY, hugging_face_gpt2, random_ids, random_model
 
 from export import load
 from model import PRESETS
+from papagaio.batches.questions import read_conversations
 from papagaio.errors import UserError
 from papagaio.generation.engine import Engine
-from papagaio.inside import attention, diff, embeddings, knowledge, lens, page, positions, runs, tokens
-from papagaio.inside.hooks import observe, replaced, span, without, without_head
+from papagaio.inside import analogies, attention, diff, drawing, embeddings, knowledge, lens, page, positions, runs, tokens
+from papagaio.inside.hooks import observe, replaced, without, without_head
+from papagaio.inside.opening import span
+from papagaio.inside.words import Space, Words, nearest, vocabulary
 from papagaio.tokenizer import ByteTokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -115,7 +118,9 @@ def test_one_hot_times_table_is_the_look_up() -> None:
     row, product = tokens.one_hot_product(table, 3)
     assert row.tolist() == [0, 0, 0, 1, 0]
     assert torch.equal(product, table[3])
-    assert tokens.worked_example(table, [(0, "a"), (3, "b")])[-1].split()[1:] == [f"{x:.2f}" for x in table[3].tolist()]
+    assert tokens.worked_example(table, tokens.Cut("two", [0, 3], [b"a", b"b"]))[-1].split()[1:] == [
+        f"{x:.2f}" for x in table[3].tolist()
+    ]
 
 
 def test_the_pieces_of_a_text_are_the_text() -> None:
@@ -164,7 +169,7 @@ def test_induction_is_measured_where_it_is() -> None:
     attention_observe = attention.observe
     attention.observe = lambda model, ids: observe(model, ids)._replace(attention=perfect(ids))
     try:
-        found = attention.induction(model, 1)
+        found = attention.induction(model)
     finally:
         attention.observe = attention_observe
     assert found.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
@@ -172,16 +177,17 @@ def test_induction_is_measured_where_it_is() -> None:
 
 def test_the_last_view_of_the_lens_is_the_model(engine: Engine) -> None:
     ids = engine.encode("The flag of Aradorburg is")
-    views = lens.look(engine, ids)
+    views = lens.view(engine, ids)
     p = engine.model(torch.tensor([ids]))[0].softmax(-1)
     assert torch.allclose(views.probabilities[-1], p, atol=1e-6)
     assert torch.allclose(
         views.entropy[-1], torch.distributions.Categorical(p).entropy() / torch.log(torch.tensor(2.0)), atol=1e-4
     )
     assert views.right[-1, 0] == pytest.approx(float(p[0, ids[1]]), abs=1e-6)
-    best = int(p[-1].argmax())
-    assert lens.first_win(views, best) in range(len(views.chance))
-    assert lens.first_win(views, int(p[-1].argmin())) is None
+    winners = torch.tensor([3, 1, 3, 3])  # the most probable token after the embedding and three layers
+    made = views._replace(probabilities=torch.nn.functional.one_hot(winners, 5).float()[:, None])
+    assert lens.first_win(made, 3) == 2, "it wins to the end; the first win was lost again"
+    assert lens.first_win(made, 1) is None
 
 
 def test_patching_the_subject_before_the_first_block_brings_the_answer_back(engine: Engine) -> None:
@@ -203,16 +209,40 @@ def test_patching_the_subject_before_the_first_block_brings_the_answer_back(engi
 def test_neighbours_and_analogies_by_hand(tmp_path: Path) -> None:
     names = ["man", "woman", "king", "queen", "fish", "King"]
     rows = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1.1], [-1, 0.3, 0], [1, 0.1, 1]])
-    words = embeddings.Words(names, torch.nn.functional.normalize(rows, dim=-1))
-    assert embeddings.nearest(words, rows[2], 1, ("king",))[0][0] == "queen", "other capitals are left out too"
+    words = Words(names, torch.nn.functional.normalize(rows, dim=-1))
+    assert nearest(words, rows[2], 1, ("king",))[0][0] == "queen", "other capitals are left out too"
     path = tmp_path / "a.txt"
     path.write_text(": royal\nman king woman queen\n: pairs\nParis\tFrance\nRio de Janeiro\tBrazil\n")
-    royal, pairs = embeddings.read_analogies(path)
+    royal, pairs = analogies.read_analogies(path)
     assert royal.questions == [("man", "king", "woman", "queen")]
     assert len(pairs.questions) == 2
     path.write_text("man king woman\n")
     with pytest.raises(UserError, match=r"a.txt:1: two or four words"):
-        embeddings.read_analogies(path)
+        analogies.read_analogies(path)
+
+
+def test_how_often_an_analogy_is_right_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs of three differ alike; the third one does not, and its second word lies elsewhere."""
+    rows = {"a": [1.0, 0, 0], "x": [1, 0, 1], "b": [0, 1, 0], "y": [0, 1, 1], "c": [0.6, 0.8, 0], "z": [-1, -1, 0.2]}
+    space = Space(Engine(random_model(), ByteTokenizer()), layer=1)
+    made = torch.nn.functional.normalize(torch.tensor(list(rows.values())), dim=-1)
+    monkeypatch.setattr(Space, "vectors", lambda self, names: Words(list(names), made[[list(rows).index(n) for n in names]]))
+    section = analogies.Section("x", [("a", "x"), ("b", "y"), ("c", "z")], [("a", "x", "b", "y"), ("b", "y", "c", "z")])
+    found = analogies.score(space, section, None)
+    assert found == ("x", 2, 0.5, 1.0, pytest.approx(2 / 3), 3)
+    assert analogies.score(space, section._replace(questions=[]), None) == ("x", 0, 0, 0, 0, 1)
+
+
+def test_a_word_in_a_text_is_its_own_tokens_and_the_text_ends_behind_it() -> None:
+    engine = Engine(random_model(vocab_size=261), ByteTokenizer())
+    words = ["be", "a", "be or", "or"]
+    mean, last = (Space(engine, 1, "so {} or", pool).vectors(words).vectors for pool in ("mean", "last"))
+    for i, word in enumerate(words):
+        ids = engine.encode(f"so {word} or")
+        x = observe(engine.model, torch.tensor([ids])).hidden[1][0]
+        own = x[len(ids) - 3 - len(word) : len(ids) - 3].mean(0)
+        assert torch.allclose(mean[i], own / own.norm(), atol=1e-5), word
+        assert torch.allclose(last[i], x[-1] / x[-1].norm(), atol=1e-5), word
 
 
 def test_purity_and_silhouette_of_islands_and_of_noise() -> None:
@@ -229,10 +259,13 @@ def test_purity_and_silhouette_of_islands_and_of_noise() -> None:
 
 
 def test_clusters_are_named_by_their_centres() -> None:
-    rows = torch.cat((torch.eye(3)[0] + 0.05 * torch.randn(9, 3), torch.eye(3)[1] + 0.05 * torch.randn(9, 3)))
-    names = [f"a{i}" for i in range(9)] + [f"b{i}" for i in range(9)]
-    groups = embeddings.cluster(embeddings.Words(names, torch.nn.functional.normalize(rows, dim=-1)), 2)
-    assert sorted(sorted(words) for words in groups.values()) == [names[:9], names[9:]]
+    near = torch.tensor([[1.0, 0.1, 0], [1, 0.15, 0.3], [1, 0.15, -0.3], [1, 0.9, 0]])  # degrees from their mean: 10, 18, 18, 26
+    rows = torch.cat((near[:, [0, 1, 2]], near[:, [1, 0, 2]]))
+    names = ["a0", "a1", "a2", "far a", "b0", "b1", "b2", "far b"]
+    groups = embeddings.cluster(Words(names, torch.nn.functional.normalize(rows, dim=-1)), 2)
+    assert sorted(sorted(words) for words in groups.values()) == [sorted(names[:4]), sorted(names[4:])]
+    assert all(words[-1].startswith("far") for words in groups.values()), "the word nearest to the centre stands first"
+    assert all(name == ", ".join(words[:3]) for name, words in groups.items())
 
 
 def test_position_tables_are_what_the_model_uses() -> None:
@@ -255,12 +288,55 @@ def test_shuffling_keeps_every_byte() -> None:
     assert found != text
 
 
+def test_order_is_measured_on_the_text_and_on_its_words_shuffled(engine: Engine) -> None:
+    fragments = positions.some([(f"The flag of {name} is red.", True) for name in NAMES], engine, 0)
+    found = positions.measure(engine, "base", fragments)
+    assert len(fragments) == len(NAMES)
+    assert found.in_order + 0.5 < found.shuffled
+    assert len(positions.some(fragments, engine, 1)) < len(NAMES)
+
+
+def test_a_head_costs_what_the_loss_rises_by() -> None:
+    gpt = random_model(vocab_size=261)
+    engine, ids = Engine(gpt, ByteTokenizer()), random_ids(1)
+    batches = attention.batches(engine, None, 0, ids)
+    found = attention.costs(engine, batches)
+    whole = float(gpt(ids[:, :-1], ids[:, 1:]))
+    assert found.whole == pytest.approx(whole, rel=1e-5)
+    with without_head(gpt.blocks[1].attn, 3):
+        assert found.heads[1, 3] == pytest.approx(float(gpt(ids[:, :-1], ids[:, 1:])) - whole, abs=1e-4)
+    with without(gpt.blocks[0].attn):
+        assert found.layers[0] == pytest.approx(float(gpt(ids[:, :-1], ids[:, 1:])) - whole, abs=1e-4)
+    assert found.heads.shape == (2, 4)
+
+
 def test_changes_are_relative_and_shapes_must_agree() -> None:
     a = {"blocks.0.mlp.fc.weight": torch.ones(2, 2), "norm.weight": torch.zeros(2)}
     b = {"blocks.0.mlp.fc.weight": torch.full((2, 2), 1.5), "norm.weight": torch.zeros(2)}
     assert diff.by_layer(diff.changes(a, b)) == (["mlp.fc.weight"], [[0.5]], {"norm.weight": 0.0})
     with pytest.raises(UserError, match=r"norm.weight is \(2,\) in the one and \(3,\)"):
         diff.changes(a, b | {"norm.weight": torch.zeros(3)})
+
+
+def test_fine_tuning_makes_the_right_answer_probable(world: Path, engine: Engine) -> None:
+    chat = Engine(*load(world / "chat"), is_chat=True)
+    rows = read_conversations(world / "qa_train.jsonl")
+    before, after = diff.probabilities(engine, rows), diff.probabilities(chat, rows)
+    assert after.mean() > before.mean() + 0.2
+    question, answer = (message.content + "\n" for message in rows[0].messages)
+    ids = [*engine.encode(question), *engine.tokenizer.encode(answer)]
+    nats = knowledge.answer_nats(engine.model, torch.tensor([ids]), len(engine.tokenizer.encode(answer)))
+    assert before[0] == pytest.approx(float((-nats).exp()), rel=1e-3), "the base model is given the question as a line"
+
+
+def test_the_figures_of_a_run_are_its_last_and_its_best() -> None:
+    lines = [
+        {"step": i, "tokens": 10 * i, "elapsed_seconds": 1.0 * i, "val_loss": loss} for i, loss in enumerate((3.0, 1.0, 2.0))
+    ]
+    found = runs.figures(runs.Run(Path("run"), {}, lines))
+    assert found["steps"] == "2"
+    assert found["validation loss (nats per token)"] == "2.0000"
+    assert found["validation loss (nats per token), best"] == "1.0000"
 
 
 def test_the_options_in_which_runs_differ(world: Path) -> None:
@@ -274,7 +350,7 @@ COMMANDS = {
     "tokens": ["--checkpoint", "{base}", "--text", "The flag of Beldor: é"],
     "embeddings": ["--checkpoint", "{base}", "--groups", "{groups}", "--layer", "1", "--word", "red", "--training"],
     "attention": ["--checkpoint", "{base}", "--text", "The flag of Beldor:\nred.", "--data", "{data}", "--windows", "2"],
-    "positions": ["--checkpoint", "{base}", "--beside", "{base}", "--text", "{data}"],
+    "positions": ["--checkpoint", "{base}", "--beside", "{base}", "--data", "{data}"],
     "lens": ["--checkpoint", "{chat}", "--question", "What is the flag of Beldor?", "--answer", "red"],
     "knowledge": [
         "--checkpoint",
@@ -325,7 +401,7 @@ def test_equal_models_give_equal_pictures(world: Path, tmp_path: Path, script: S
 
 
 def test_no_text_breaks_out_of_a_page(tmp_path: Path) -> None:
-    grid = page.Grid(["</script><b>"], ["x"], [[1.0]], [["<i>"]], [["y"]])
+    grid = page.grid(["</script><b>"], ["x"], [[1.0]], [["<i>"]], [["y"]])
     page.write(tmp_path / "a.html", "<title>", "a < b", [grid])
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "</script><b>" not in text
@@ -341,6 +417,8 @@ BAD = [
     ("attention --checkpoint {base} --text flag-of-red --head 9", "--head=9: this model has 2"),
     ("embeddings --checkpoint {base} --layer 9 --groups {groups}", "--layer=9: this model has 2"),
     ("embeddings --checkpoint {base} --word Xyzzyx --groups {groups} --layer 1 --around x", "around must hold {{}} once"),
+    ("embeddings --checkpoint {base} --pool last", "around and pool are for hidden states: add --layer=N"),
+    ("embeddings --checkpoint {base} --groups {groups} --clusters 2", "groups and clusters exclude each other"),
     ("embeddings --checkpoint {base} --language xx", "Babel knows no language of this name"),
     ("embeddings --checkpoint {base} --analogy a b", "analogy needs three words"),
     ("embeddings --checkpoint {base} --groups {groups}", "fewer than two groups"),
@@ -379,8 +457,16 @@ def test_adapters_are_seen_merged(world: Path, tmp_path: Path, script: Script) -
 
 
 def test_the_words_of_a_vocabulary(engine: Engine) -> None:
-    found = embeddings.vocabulary(engine)
+    found = vocabulary(engine)
     assert "flag" in found.names
     assert not any(re.search(r"\W", name) for name in found.names)
     with pytest.raises(UserError, match="tokens, not one"):
-        embeddings.vectors(engine, ["Aradorburgia"])
+        Space(engine).vectors(["Aradorburgia"])
+
+
+def test_dollars_are_no_formula_and_missing_letters_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = drawing.figure(2, 1)
+    picture.suptitle(drawing.literal(r"$\frac$ 漢字"))
+    drawing.save(picture, tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert "2 characters are not in matplotlib's fonts" in capsys.readouterr().err

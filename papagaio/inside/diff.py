@@ -3,25 +3,50 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from papagaio.batches.conversations import Conversation
+from papagaio.batches.questions import read_conversations
 from papagaio.errors import UserError
 from papagaio.evaluation import answer_nats, question_ids
 from papagaio.generation.engine import Engine
 from papagaio.inside import drawing
+from papagaio.inside.opening import make_engine
+from papagaio.inside.options import DiffOptions
+from papagaio.inside.page import Found
+from papagaio.runs.checkpoint import MakeModel
+from papagaio.runs.directory import open_checkpoint
+
+
+def look(config: DiffOptions, make: MakeModel) -> Found:
+    """How far the weights moved, and how probable the right answers were and are."""
+    opened, names = [open_checkpoint(path) for path in config.source], list(map(str, config.source))
+    parts, matrix, others = by_layer(changes(*(one.tensors() for one in opened)))
+    found = Found(["change, relative to the norm of the weights:"])
+    found.lines += [f"  layer {i}: {sum(row) / len(row):.4f}" for i, row in enumerate(matrix, 1)]
+    found.lines += [f"  {name}: {value:.4f}" for name, value in others.items()]
+    found.pictures["diff"] = draw_changes(parts, matrix, others, f"from {names[0]} to {names[1]}")
+    if config.questions:
+        rows = read_conversations(config.questions)
+        asked = rows[: config.limit or None]
+        p = torch.stack([probabilities(make_engine(one, make, config.device), asked) for one in opened])  # (2, N)
+        means, rose, missing = p.nanmean(1).tolist(), int((p[1] > p[0]).sum()), int(p.isnan().any(0).sum())
+        note = f", {missing} do not fit the context" if missing else ""
+        found.lines.append(f"{len(asked):,} of {len(rows):,} questions{note}: mean probability of the right answer "
+                           f"{means[0]:.4f} before, {means[1]:.4f} after; {rose:,} rose")  # fmt: skip
+        found.pictures["diff_questions"] = draw_questions(p, [row.kind for row in asked], names)
+    return found
 
 
 def changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
     """By tensor ||B - A|| / ||A|| (Frobenius norms; of the larger of both if A is 0). Raises UserError for other shapes."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (before, after)]
-    if shapes[0] != shapes[1]:
-        name = next(name for name in [*shapes[0], *shapes[1]] if shapes[0].get(name) != shapes[1].get(name))
-        raise UserError(f"{name} is {shapes[0].get(name)} in the one and {shapes[1].get(name)} in the other: two checkpoints of "
-                        "one shape are needed")  # fmt: skip
+    one, other = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (before, after))
+    for name in [*one, *other]:
+        if (a := one.get(name, "missing")) != (b := other.get(name, "missing")):
+            raise UserError(f"{name} is {a} in the one and {b} in the other: two checkpoints of one shape are needed")
     found = {}
     for name, a in before.items():
         a, b = a.float(), after[name].float()
@@ -39,21 +64,12 @@ def by_layer(found: Mapping[str, float]) -> tuple[list[str], list[list[float]], 
     return parts, matrix, {name: value for name, value in found.items() if name not in inside}
 
 
-class Asked(NamedTuple):
-    """Questions with the probability of the right answer in each model; NaN for a question that does not fit the context."""
-
-    questions: list[Conversation]
-    probabilities: Tensor  # (2, N)
-
-
-def ask(engines: Sequence[Engine], questions: list[Conversation]) -> Asked:
-    """A chat model is asked in its chat template, a base model is given the question as a line of text."""
-    found = []
-    for engine in engines:
-        shots = None if engine.is_chat else []
-        asked = [question_ids(engine.tokenizer, row, shots, engine.block_size, 0) for row in questions]
-        found.append((-answer_nats(engine, asked)).exp())
-    return Asked(questions, torch.stack(found))
+def probabilities(engine: Engine, questions: list[Conversation]) -> Tensor:
+    """Of the right answers (N,); NaN for a question that does not fit the context. A chat model is asked in its chat template, a
+    base model is given the question as a line of text."""
+    shots = None if engine.is_chat else []
+    asked = [question_ids(engine.tokenizer, row, shots, engine.block_size, 0) for row in questions]
+    return (-answer_nats(engine, asked)).exp()
 
 
 def draw_changes(parts: Sequence[str], matrix: Sequence[Sequence[float]], others: Mapping[str, float], title: str) -> Any:
@@ -64,32 +80,29 @@ def draw_changes(parts: Sequence[str], matrix: Sequence[Sequence[float]], others
     texts = [[f"{value:.3f}" for value in row] for row in matrix]
     names = [part.removesuffix(".weight") for part in parts]
     drawing.heatmap(left, matrix, [f"layer {i + 1}" for i in range(L)], names, texts=texts, size=7)
-    left.set_title("change of each part, relative to its norm", fontsize=9)
+    left.set_title("change of each part, relative to its norm")
     right.barh(range(len(others)), list(others.values()), color=drawing.COLOURS[0])
-    right.set_yticks(range(len(others)), [name.removesuffix(".weight") for name in others], fontsize=7)
+    right.set_yticks(range(len(others)), [name.removesuffix(".weight") for name in others])
     right.invert_yaxis()
-    right.set_title("outside the blocks", fontsize=9)
-    picture.suptitle(drawing.literal(title), fontsize=10)
+    right.set_title("outside the blocks")
+    picture.suptitle(drawing.literal(title))
     return picture
 
 
-def draw_questions(asked: Asked, names: Sequence[str]) -> Any:
-    """Each question a point: the probability of its right answer before and after."""
+def draw_questions(p: Tensor, kinds: Sequence[str], names: Sequence[str]) -> Any:
+    """Each question a point: the probability of its right answer before and after (2, N), coloured by its kind."""
     picture = drawing.figure(6.6, 5.8)
     axes = picture.subplots()
-    kinds = sorted({row.kind for row in asked.questions})
-    for number, kind in enumerate(kinds):
-        own = [i for i, row in enumerate(asked.questions) if row.kind == kind]
-        style = {"marker": drawing.MARKERS[(number + number // 7) % 7], "c": drawing.COLOURS[number % 7]}
-        axes.scatter(*asked.probabilities[:, own].clamp_min(1e-12), s=14, alpha=0.7, label=kind or "questions", **style)
-    lowest = max(1e-12, float(asked.probabilities[0].nan_to_num(1.0).min()))
+    for number, kind in enumerate(sorted(set(kinds))):
+        own = [i for i, other in enumerate(kinds) if other == kind]
+        colour, marker = drawing.style(number)
+        axes.scatter(*p[:, own].clamp_min(1e-12), s=14, alpha=0.7, label=kind, c=colour, marker=marker)
+    lowest = max(1e-12, float(p[0].nan_to_num(1.0).min()))
     even = torch.logspace(math.log10(lowest), 0, 200)
     axes.plot(even, even, color="grey", linewidth=0.8, label="unchanged")
-    axes.set_xscale("log")
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel(f"before: {drawing.clip_left(names[0], 40)}")
-    axes.set_ylabel(f"after: {drawing.clip_left(names[1], 40)}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.set_title("probability of the right answer", fontsize=10)
+    before, after = (drawing.literal(drawing.clip_left(name, 40)) for name in names)
+    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel=f"before: {before}", ylabel=f"after: {after}")
+    axes.set_title("probability of the right answer")
+    axes.grid()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return picture

@@ -13,11 +13,20 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 MARKERS = "osD^vP*X"
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"
 DPI = 110  # dots per inch
+STYLE = {
+    **dict.fromkeys(("axes.titlesize", "axes.labelsize", "figure.labelsize"), 9.0),  # points
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.0),
+    "figure.titlesize": 11.0,
+    "grid.alpha": 0.3,
+}
 
 
 def figure(width: float, height: float) -> Any:
     """A matplotlib figure of width x height inches."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen and takes longer to import
+
+    rcParams.update(STYLE)
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -52,10 +61,10 @@ def heatmap(
     limit = limit or float(np.abs(values).max()) or 1.0
     options = {"cmap": DIVERGING if diverging else SEQUENTIAL, "vmin": -limit if diverging else 0, "vmax": limit}
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **options)
-    axes.set_yticks(range(len(rows)), rows, fontsize=size)
-    axes.set_xticks(range(len(columns)), columns, fontsize=size, rotation=60, ha="right", rotation_mode="anchor")
-    if not rows and not columns:
-        axes.tick_params(labelsize=size)
+    if rows:
+        axes.set_yticks(range(len(rows)), rows, fontsize=size)
+    if columns:
+        axes.set_xticks(range(len(columns)), columns, fontsize=size, rotation=60, ha="right", rotation_mode="anchor")
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
             shade = abs(values[i, j]) / limit
@@ -65,11 +74,21 @@ def heatmap(
         axes.figure.colorbar(image, ax=axes, label=bar, shrink=0.9)
 
 
-class Room:
-    """The places of a picture that no label has taken yet."""
+def layers(count: int) -> list[str]:
+    """Labels of the residual stream: before the first block, and after each."""
+    return ["embedding", *(f"layer {i}" for i in range(1, count))]
 
-    def __init__(self) -> None:
-        self.taken: list[tuple[float, float, float, float]] = []
+
+def style(number: int) -> tuple[str, str]:
+    """Colour and marker of the group of this number; the first 49 differ."""
+    return COLOURS[number % 7], MARKERS[(number + number // 7) % 7]
+
+
+class Room:
+    """The places of a picture that are not taken yet, by points or labels (x, y, width, height)."""
+
+    def __init__(self, taken: list[tuple[float, float, float, float]]) -> None:
+        self.taken = taken
 
     def take(self, x: float, y: float, width: float, height: float) -> bool:
         """Take a rectangle whose lower left corner is at (x, y); False if a part of it is taken."""

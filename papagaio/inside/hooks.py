@@ -8,15 +8,12 @@ Shapes as in model.py; L layers. All of it works for every preset, because the m
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from papagaio.batches.conversations import Message, render_prompt
-from papagaio.errors import UserError
-from papagaio.generation.engine import Engine
+from torch.utils.hooks import RemovableHandle
 
 
 class Seen(NamedTuple):
@@ -53,29 +50,17 @@ def observe(model: Any, ids: Tensor) -> Seen:
         attention.append(operation(q, k, units, mask, dropout))
         return operation(q, k, v, mask, dropout)
 
-    handles = [model.blocks[0].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))]
-    handles += [block.register_forward_hook(lambda _, args, x: hidden.append(x)) for block in model.blocks]
-    seams = [attention_as(block.attn, record) for block in model.blocks]
-    try:
-        for seam in seams:
-            seam.__enter__()
-        logits = model(ids)
-    finally:
-        for seam in seams:
-            seam.__exit__(None, None, None)
-        for handle in handles:
-            handle.remove()
-    return Seen(hidden, attention, logits)
+    with ExitStack() as stack:
+        stack.enter_context(model.blocks[0].register_forward_pre_hook(lambda _, args: hidden.append(args[0])))
+        for block in model.blocks:
+            stack.enter_context(block.register_forward_hook(lambda _, args, x: hidden.append(x)))
+            stack.enter_context(attention_as(block.attn, record))
+        return Seen(hidden, attention, model(ids))
 
 
-@contextmanager
-def without(part: nn.Module) -> Iterator[None]:
-    """Inside, an attention layer or an MLP adds nothing to the residual stream."""
-    handle = part.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+def without(part: nn.Module) -> RemovableHandle:
+    """A context in which an attention layer or an MLP adds nothing to the residual stream."""
+    return part.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
 
 
 def without_head(layer: Any, head: int) -> Any:
@@ -89,47 +74,8 @@ def without_head(layer: Any, head: int) -> Any:
     return attention_as(layer, silence)
 
 
-@contextmanager
-def replaced(model: Any, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the residual stream x (B, T, C) after `layer` blocks is `change(x)`; 0: before the first block."""
+def replaced(model: Any, layer: int, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """A context in which the residual stream x (B, T, C) after `layer` blocks is `change(x)`; 0: before the first block."""
     if layer == 0:
-        handle = model.blocks[0].register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
-    else:
-        handle = model.blocks[layer - 1].register_forward_hook(lambda _, args, x: change(x))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def prompt_ids(engine: Engine, text: str | None, question: str | None, more: int = 0) -> list[int]:
-    """Ids of a text as the beginning of a document, or of a question in the chat template. Raises UserError if they, with `more`
-    tokens behind, do not fit into the context."""
-    ids = engine.encode(text) if text else render_prompt(engine.tokenizer, [Message(role="user", content=question or "")])
-    if len(ids) + more > engine.block_size:
-        raise UserError(
-            f"the text has {len(ids) + more} tokens, the model's context only {engine.block_size}: give a shorter one"
-        )
-    return ids
-
-
-def check_layer(layer: int, count: int, option: str = "--layer") -> None:
-    """Raises UserError unless the model, which has `count` of them, has this layer (or head, counted from 1)."""
-    if not 0 <= layer <= count:
-        raise UserError(f"{option}={layer}: this model has {count}")
-
-
-def spell(engine: Engine, token: int) -> str:
-    """A token for people: blanks as ·, line breaks as ↵."""
-    return engine.tokenizer.decode([token]).replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-
-
-def span(engine: Engine, ids: list[int], part: str) -> slice:
-    """The tokens of ids that spell the last occurrence of `part`, whole or in part. Raises UserError if there is none."""
-    pieces = [engine.tokenizer.decode_bytes([token]) for token in ids]
-    begin = b"".join(pieces).rfind(part.encode())
-    if begin < 0:
-        raise UserError(f"{part!r} does not occur in the text")
-    ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
-    inside = [i for i, end in enumerate(ends) if end > begin and end - len(pieces[i]) < begin + len(part.encode())]
-    return slice(inside[0], inside[-1] + 1)
+        return model.blocks[0].register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    return model.blocks[layer - 1].register_forward_hook(lambda _, args, x: change(x))

@@ -1,15 +1,44 @@
 """Where an answer comes from: parts are taken out, and states are patched from one text into another (activation patching:
 Vig et al., arXiv:2004.12265; causal tracing: Meng et al., arXiv:2202.05262)."""
 
-from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from papagaio.generation.engine import Engine
-from papagaio.inside import drawing
-from papagaio.inside.hooks import observe, replaced, span, spell, without
+from papagaio.inside import drawing, page
+from papagaio.inside.hooks import observe, replaced, without
+from papagaio.inside.opening import open_engine, prompt_ids, span, spell
+from papagaio.inside.options import KnowledgeOptions
+from papagaio.runs.checkpoint import MakeModel
+
+
+def look(config: KnowledgeOptions, make: MakeModel) -> page.Found:
+    """What the answer loses without each part, and where the states of the subject decide it."""
+    engine = open_engine(config, make)
+    answer = engine.tokenizer.encode(config.answer)
+    prompt = prompt_ids(engine, config.text, config.question, len(answer))
+    whole, costs = ablations(engine, prompt, answer)
+    shown = f"{config.text or config.question} -> {config.answer}"
+    found = page.Found([f"{shown}: {whole:.3f} nats, probability {math.exp(-whole):.3f}"])
+    found.lines += ["layer  attention out  MLP out"]
+    found.lines += [f"{i:>5}  {a:>13.2f}  {m:>7.2f}" for i, (a, m) in enumerate(costs.tolist(), 1)]
+    patched = None
+    if config.subject and config.other:
+        swapped = [text and text.replace(config.subject, config.other) for text in (config.text, config.question)]
+        other = prompt_ids(engine, *swapped, len(answer))
+        patched = patches(engine, prompt, other, answer, config.subject, config.other)
+        values = patched.recovered.tolist()
+        found.lines += ["", f"answer recovered by the state after a layer, at {', '.join(patched.places)}:"]
+        found.lines += [f"{i:>5}  " + " ".join(f"{value:>6.2f}" for value in row) for i, row in enumerate(values)]
+        texts = [[f"{value:.2f}" for value in row] for row in values]
+        details = [[f"{value:.4f} of the answer comes back" for value in row] for row in values]
+        shades = patched.recovered.clamp(0, 1)
+        found.parts.append(page.grid(drawing.layers(len(values)), patched.places, shades, texts, details))
+    found.pictures["knowledge"] = draw(whole, costs, patched, drawing.clip(shown, 100))
+    return found
 
 
 @torch.no_grad()
@@ -68,8 +97,11 @@ def patches(engine: Engine, prompt: list[int], other: list[int], answer: list[in
         with replaced(model, layer, put):
             nats = answer_nats(model, rows, len(answer))
         recovered[layer] = ((worst - nats) / (worst - best)).cpu()
-    chances = (float(torch.tensor(-nats).exp()) for nats in (best, worst))
-    return Patches((*chances,), recovered, [subject, *(spell(engine, token) for token in prompt[len(prompt) - after :])])
+    return Patches(
+        (math.exp(-best), math.exp(-worst)),
+        recovered,
+        [subject, *(spell(engine, token) for token in prompt[len(prompt) - after :])],
+    )
 
 
 def draw(whole: float, found: Tensor, patched: Patches | None, title: str) -> Any:
@@ -83,28 +115,26 @@ def draw(whole: float, found: Tensor, patched: Patches | None, title: str) -> An
     left.barh(places - 0.2, found[:, 0], height=0.38, color=drawing.COLOURS[0], label="attention out")
     left.barh(places + 0.2, found[:, 1], height=0.38, color=drawing.COLOURS[1], hatch="//", edgecolor="white", label="MLP out")
     left.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(places.tolist(), [f"layer {i}" for i in places.tolist()], fontsize=7)
+    left.set_yticks(places.tolist(), [f"layer {i}" for i in places.tolist()])
     left.invert_yaxis()
-    left.set_xlabel(f"nats more for the answer (now {whole:.2f})")
-    left.legend(fontsize=8)
-    left.set_title("a part taken out", fontsize=9)
+    left.set(xlabel=f"nats more for the answer (now {whole:.2f})", title="a part taken out")
+    left.legend()
     if patched is not None:
         columns = [drawing.literal(drawing.clip(place, 14)) for place in patched.places]
-        rows = ["embedding", *(f"layer {i}" for i in range(1, L + 1))]
         values = patched.recovered.clamp(-1, 1)
         texts = [[f"{value:.2f}" for value in row] for row in patched.recovered.tolist()]
-        drawing.heatmap(panels[1], values, rows, columns, diverging=True, limit=1.0, texts=texts, bar="answer recovered", size=7)
+        drawing.heatmap(
+            panels[1],
+            values,
+            drawing.layers(L + 1),
+            columns,
+            diverging=True,
+            limit=1.0,
+            texts=texts,
+            bar="answer recovered",
+            size=7,
+        )
         clean, other = patched.probabilities
-        panels[1].set_title(f"the state put into the other text\n(answer {clean:.3f} here, {other:.3f} there)", fontsize=9)
-    picture.suptitle(drawing.literal(title), fontsize=10)
+        panels[1].set_title(f"the state put into the other text\n(answer {clean:.3f} here, {other:.3f} there)")
+    picture.suptitle(drawing.literal(title))
     return picture
-
-
-def lines(found: Tensor, patched: Patches | None) -> Sequence[str]:
-    """The figures as a table."""
-    rows = ["layer  attention out  MLP out"]
-    rows += [f"{i:>5}  {a:>13.2f}  {m:>7.2f}" for i, (a, m) in enumerate(found.tolist(), 1)]
-    if patched is not None:
-        rows += ["", f"answer recovered by the state after a layer, at {', '.join(patched.places)}:"]
-        rows += [f"{i:>5}  " + " ".join(f"{value:>6.2f}" for value in row) for i, row in enumerate(patched.recovered.tolist())]
-    return rows

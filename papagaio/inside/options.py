@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import FilePath, model_validator
 
 from papagaio.options import Options, option
 
@@ -22,10 +22,13 @@ class OutputOptions(Options):
         return self
 
 
-class LookOptions(OutputOptions):
+class DeviceOptions(OutputOptions):
+    device: str = _model("cpu", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+
+
+class LookOptions(DeviceOptions):
     checkpoint: Path = _model(..., "a run, or a checkpoint directory")
     base: Path | None = _model(None, "the checkpoint that adapters (LoRA) were trained for, if it has moved since")
-    device: str = _model("cpu", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
 
 
 class TextOptions(LookOptions):
@@ -51,10 +54,10 @@ class EmbeddingsOptions(LookOptions):
 
     word: tuple[str, ...] = _what((), "words whose nearest neighbours are shown")
     analogy: tuple[str, ...] = _what((), "A B C: the words nearest to A - B + C, as in rei homem mulher")
-    analogies: Path | None = _what(
+    analogies: FilePath | None = _what(
         None, "file of pairs A B, or of analogies A B C D: a line each (tabs if words hold blanks), ': NAME'"
     )
-    groups: Path | None = _what(
+    groups: FilePath | None = _what(
         None, "TOML with groups of words, name = [words] (default: weekdays, months and others, by Babel)"
     )
     language: str = _what("en", "of the default groups: en, pt, ...", pattern=r"^[a-zA-Z_]{2,10}$")
@@ -64,10 +67,11 @@ class EmbeddingsOptions(LookOptions):
     layer: int | None = _what(
         None, "mean hidden state of a word after N blocks, for words of several tokens (default: the table of embeddings)", ge=0
     )
-    pool: Literal["mean", "last"] = _what("mean", "of the hidden states of a word: their mean, or that of its last token")
-    around: str = _what("{}", "text around a word, when its hidden state is taken: 'The currency is {}.'")
+    pool: Literal["mean", "last"] = _what(
+        "mean", "hidden state of a word: the mean over its tokens, or that of the last token of --around"
+    )
+    around: str = _what("{}", "text in which a word stands when its hidden state is taken: '{} is'")
     training: bool = _what(False, "measure the groups at random weights and at every checkpoint of the run")
-    neighbours: int = _what(8, "words that are listed", ge=1, le=100)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -75,9 +79,10 @@ class EmbeddingsOptions(LookOptions):
             raise ValueError(f"analogy needs three words, as in rei homem mulher, not {len(self.analogy)}")
         if self.around.count("{}") != 1:
             raise ValueError(f"around must hold {{}} once, where the word stands, not {self.around!r}")
-        for path in (self.analogies, self.groups):
-            if path is not None and not path.is_file():
-                raise ValueError(f"{path}: no such file")
+        if self.layer is None and (self.around, self.pool) != ("{}", "mean"):
+            raise ValueError("around and pool are for hidden states: add --layer=N")
+        if self.groups and self.clusters:
+            raise ValueError("groups and clusters exclude each other")
         return self
 
 
@@ -90,23 +95,20 @@ class AttentionOptions(TextOptions):
         None, "layer of the large map, from 1 (default: that of the head which looks most at one place)", ge=1
     )
     head: int | None = _what(None, "head of the large map, from 1", ge=1)
-    seed: int = _what(1337, "of the random tokens on which induction is measured", ge=0, lt=2**63)
 
 
 class PositionsOptions(LookOptions):
     """look.py positions: what the positional encoding does, and what the order of words is worth."""
 
-    beside: tuple[Path, ...] = _what((), "runs of the same tokenizer, with other positional encodings, to measure as well")
-    text: tuple[str, ...] = _what((), "files or directories: bits per byte in order, and with the words shuffled")
-    windows: int = _what(64, "windows of the text that are measured (0: all)", ge=0)
-    seed: int = _what(1337, "of the shuffling", ge=0, lt=2**63)
+    beside: tuple[Path, ...] = _what((), "runs with other positional encodings, to measure as well")
+    data: Path | None = _what(None, "dataset whose validation split is measured: in order, and with its words shuffled")
+    windows: int = _what(64, "windows of the validation split that are measured (0: all)", ge=0)
 
 
 class LensOptions(TextOptions):
     """look.py lens: what the model would say next after each layer, and how sure it is."""
 
-    answer: str | None = _what(None, "the right continuation: where it first wins")
-    top: int = _what(5, "most probable tokens that are listed", ge=1, le=100)
+    answer: str | None = _what(None, "the right continuation: where its first token wins", min_length=1)
 
 
 class KnowledgeOptions(TextOptions):
@@ -125,19 +127,12 @@ class KnowledgeOptions(TextOptions):
         return self
 
 
-class DiffOptions(OutputOptions):
+class DiffOptions(DeviceOptions):
     """look.py diff RUN_A RUN_B: what training from A to B changed, by layer and on questions."""
 
     source: tuple[Path, ...] = _model(..., "two runs or checkpoint directories of the same shape", min_length=2, max_length=2)
-    questions: Path | None = _what(None, "questions with answers: the probability of the right answer before and after")
+    questions: FilePath | None = _what(None, "questions with answers: the probability of the right answer before and after")
     limit: int = _what(500, "questions that are asked (0: all)", ge=0)
-    device: str = _model("cpu", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.questions is not None and not self.questions.is_file():
-            raise ValueError(f"{self.questions}: no such file")
-        return self
 
 
 class RunsOptions(OutputOptions):

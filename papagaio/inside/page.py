@@ -1,77 +1,64 @@
 """One self-contained page: pictures, tables, and parts in which one can point and click. It works from file://, offline.
 
-A section is a title, a text, and what is shown below: `Picture`, `Map`, `Attention` or `Grid`.
+`picture`, `words`, `attention` and `grid` make its parts, as HTML.
 """
 
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from papagaio.files import write_whole
 
 
-class Picture(NamedTuple):
+def picture(path: Path) -> str:
     """A PNG file, which becomes a part of the page."""
-
-    path: Path
-
-    def draw(self) -> str:
-        data = base64.b64encode(self.path.read_bytes()).decode()
-        return f'<img src="data:image/png;base64,{data}" alt="{html.escape(self.path.stem)}">'
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(path.stem)}">'
 
 
-class Map(NamedTuple):
+def words(points: Any, names: list[str], groups: list[int], near: list[list[int]], colours: Sequence[str]) -> str:
     """Points (N, 2) with names and groups. A click on a word marks its nearest words, `near` (N, k) by number."""
-
-    points: list[list[float]]
-    names: list[str]
-    groups: list[int]
-    near: list[list[int]]
-    colours: Sequence[str]
-
-    def draw(self) -> str:
-        return _widget("map", self._asdict())
+    return _widget("words", points=_rounded(points), names=names, groups=groups, near=near, colours=colours)
 
 
-class Attention(NamedTuple):
-    """Tokens and weights (L, H, T, T). A click on a token shows what it looks at, in the head that is chosen."""
-
-    tokens: list[str]
-    weights: list[Any]
-    habits: list[list[str]]  # (L, H)
-
-    def draw(self) -> str:
-        rounded = [[[[round(w, 3) for w in row] for row in head] for head in layer] for layer in self.weights]
-        return _widget("attention", self._asdict() | {"weights": rounded})
+def attention(tokens: list[str], weights: Any, habits: list[list[str]]) -> str:
+    """Tokens, weights (L, H, T, T) and habits (L, H). A click on a token shows what it looks at, in the head that is chosen."""
+    return _widget("attention", tokens=tokens, weights=_rounded(weights), habits=habits)
 
 
-class Grid(NamedTuple):
+def grid(rows: list[str], columns: list[str], values: Any, texts: list[list[str]], details: list[list[str]]) -> str:
     """Cells with a value from 0 to 1 and a text; pointing at a cell shows its `details`."""
-
-    rows: list[str]
-    columns: list[str]
-    values: list[list[float]]
-    texts: list[list[str]]
-    details: list[list[str]]
-
-    def draw(self) -> str:
-        rounded = [[round(value, 3) for value in row] for row in self.values]
-        return _widget("grid", self._asdict() | {"values": rounded})
+    return _widget("grid", rows=rows, columns=columns, values=_rounded(values), texts=texts, details=details)
 
 
-def _widget(kind: str, data: dict[str, Any]) -> str:
+def _rounded(values: Any) -> Any:
+    return np.asarray(values, dtype=float).round(3).tolist()
+
+
+def _widget(kind: str, **data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text may end the script
     return f'<div class="widget" data-kind="{kind}"><script type="application/json">{text}</script></div>'
 
 
-def write(path: Path, title: str, text: str, parts: Sequence[Picture | Map | Attention | Grid]) -> None:
+def write(path: Path, title: str, text: str, parts: Iterable[str]) -> None:
     """Write the page: its title, the text as in the terminal, and the parts."""
-    shown = "\n".join(part.draw() for part in parts)
-    body = f"<h1>{html.escape(title)}</h1>\n<pre>{html.escape(text)}</pre>\n{shown}"
+    body = "\n".join([f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(text)}</pre>", *parts])
     write_whole(path, PAGE.replace("TITLE", html.escape(title)).replace("BODY", body))
+
+
+@dataclass
+class Found:
+    """What a command found: lines for standard output, pictures by name, and what the page has besides them."""
+
+    lines: list[str] = field(default_factory=list)
+    pictures: dict[str, Any] = field(default_factory=dict)  # figures of matplotlib
+    parts: list[str] = field(default_factory=list)  # HTML
 
 
 PAGE = """<!DOCTYPE html>
@@ -115,7 +102,7 @@ const widgets = {
       note.textContent = `${d.tokens[chosen]} looks at: ` + best.map(([w, j]) => `${d.tokens[j]} ${w.toFixed(2)}`).join(", ") }
     pick.onchange = show; show();
   },
-  map(box, d) {
+  words(box, d) {
     const svg = box.appendChild(document.createElementNS(SVG, "svg")), note = make(box, "div", "click on a word");
     note.className = "detail"; svg.setAttribute("viewBox", "0 0 1000 640"); svg.style.width = "100%";
     const range = k => { const v = d.points.map(p => p[k]); return [Math.min(...v), Math.max(...v)] };

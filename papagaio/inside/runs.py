@@ -1,16 +1,29 @@
-"""Runs side by side: learning curves and differing options; and one page about a run, for model cards too."""
+"""Runs side by side: learning curves, last and best figures, and the options in which they differ."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from papagaio.corpus.dataset import Dataset
 from papagaio.errors import UserError
 from papagaio.inside import drawing
+from papagaio.inside.options import RunsOptions
+from papagaio.inside.page import Found
 from papagaio.options import load_toml
+from papagaio.runs.checkpoint import MakeModel
 from papagaio.training.metrics import read_metrics
 
 AXES = (("step", "optimizer steps"), ("tokens", "tokens"), ("elapsed_seconds", "seconds"))
+
+
+def look(config: RunsOptions, make: MakeModel) -> Found:
+    """Figures, options and curves of the runs; no model is opened."""
+    opened = [read_run(path) for path in config.source]
+    names, found_figures = [str(one.path) for one in opened], [figures(one) for one in opened]
+    keys = dict.fromkeys(key for one in found_figures for key in one)
+    lines = [table(("figure", *names), {key: [one.get(key, "-") for one in found_figures] for key in keys})]
+    if len(opened) > 1:
+        lines += ["", table(("option", *names), differences(opened))]
+    return Found(lines, {"runs": draw(opened)})
 
 
 class Run(NamedTuple):
@@ -37,11 +50,12 @@ def read_run(path: Path) -> Run:
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """The options in which runs differ: {name: a value for each run}. `-`: it is not set."""
     names = dict.fromkeys(name for run in runs for name in run.options if name != "out_dir")
-    rows = {name: [_value(run.options.get(name)) for run in runs] for name in names}
+    rows = {name: [spell(run.options.get(name)) for run in runs] for name in names}
     return {name: values for name, values in rows.items() if len(set(values)) > 1}
 
 
-def _value(value: Any) -> str:
+def spell(value: Any) -> str:
+    """A value of an option for people."""
     return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -57,23 +71,25 @@ def figures(run: Run) -> dict[str, str]:
 
 def draw(runs: Sequence[Run]) -> Any:
     """Validation loss (or training loss) of each run over steps, tokens and seconds."""
+    from matplotlib.ticker import EngFormatter
+
     picture = drawing.figure(13, 4.4)
     key = "val_loss" if all(run.values("val_loss") for run in runs) else "train_loss"
     late = [line[key] for run in runs for line in run.metrics if key in line and line["step"] >= 0.1 * run.metrics[-1]["step"]]
     for axes, (unit, label) in zip(picture.subplots(1, 3, sharey=True), AXES, strict=True):
         for number, run in enumerate(runs):
             points = [(line[unit], line[key]) for line in run.metrics if key in line]
-            style = {"color": drawing.COLOURS[number % 7], "marker": drawing.MARKERS[(number + number // 7) % 7], "markersize": 4}
-            name = drawing.literal(drawing.clip(run.path.name, 30))
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, **style)
+            name, (colour, marker) = drawing.literal(drawing.clip(run.path.name, 30)), drawing.style(number)
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, markersize=4, color=colour, marker=marker)
         axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
+        axes.grid()
         if late and max(late) > min(late):  # the beginning, some nats higher, is cut off, as in loss.png
             margin = 0.06 * (max(late) - min(late))
             axes.set_ylim(min(late) - margin, max(late) + margin)
     handles, names = axes.get_legend_handles_labels()
     picture.axes[0].set_ylabel(f"{'validation' if key == 'val_loss' else 'training'} loss (nats per token)")
-    picture.legend(handles, names, loc="outside lower center", ncols=min(4, len(runs)), fontsize=8)
+    picture.legend(handles, names, loc="outside lower center", ncols=min(4, len(runs)))
     return picture
 
 
@@ -81,40 +97,3 @@ def table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return "\n".join([*lines, *(f"| {' | '.join([name, *cells])} |" for name, cells in rows.items())])
-
-
-def facts(fields: Mapping[str, Any], state: Mapping[str, Any], parameters: int) -> str:
-    """A model's shape and training from its checkpoint alone, as Markdown: what a model card needs."""
-    shape = {key: str(value) for key, value in fields.items() if value is not None}
-    training = {k: v for k, v in state.items() if k not in ("metrics_lines", "recent_losses")} | (state.get("options") or {})
-    plain = {key: _value(value) for key, value in training.items() if isinstance(value, str | int | float)}
-    model = {name: [value] for name, value in ({"parameters": f"{parameters:,}"} | shape).items()}
-    return "\n\n".join(
-        ["## Model", table(("field", ""), model), "## Training", table(("training", ""), {k: [v] for k, v in plain.items()})]
-    )
-
-
-def data_rows(run: Run) -> dict[str, list[str]]:
-    """The datasets of a run, if they are still where it found them."""
-    rows = {}
-    for name in run.options.get("data", []):
-        path = Path(str(name))
-        path = path if path.exists() else Path(str(name).rpartition(":")[0] or name)
-        if (path / "manifest.json").is_file():
-            splits = Dataset(path).splits
-            rows[path.name] = [f"{splits[s]['documents']:,} documents, {splits[s]['tokens']:,} tokens" for s in ("train", "val")]
-        else:
-            rows[path.name] = ["a file of questions" if path.is_file() else "not there any more", "-"]
-    return rows
-
-
-def report(run: Run, described: str, samples: Sequence[tuple[str, str]], picture: str) -> str:
-    """One page about a run, as Markdown. `described` is from `facts`; samples are (prompt, continuation)."""
-    parts = [f"# {run.path.name}", "## Figures", table(("figure", ""), {name: [value] for name, value in figures(run).items()})]
-    parts += [f"![learning curves]({picture})"]
-    if rows := data_rows(run):
-        parts += ["## Data", table(("data", "training", "validation"), rows)]
-    parts += ["## Options", table(("option", ""), {name: [_value(value)] for name, value in run.options.items()}), described]
-    if samples:
-        parts += ["## Samples", *(f"```\n{prompt}[...]{text}\n```" for prompt, text in samples)]
-    return "\n\n".join(parts) + "\n"

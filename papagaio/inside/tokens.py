@@ -9,8 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from papagaio.inside import drawing
+from papagaio.inside.opening import open_engine
+from papagaio.inside.options import TokensOptions
+from papagaio.inside.page import Found
+from papagaio.runs.checkpoint import MakeModel
 from papagaio.runs.directory import open_checkpoint
 from papagaio.tokenizer import Tokenizer, load_tokenizer
+
+
+def look(config: TokensOptions, make: MakeModel) -> Found:
+    """The text in the model's tokens, and in those of --beside."""
+    engine = open_engine(config, make)
+    cuts = [cut(str(config.checkpoint), engine.tokenizer, config.text)]
+    cuts += [cut(str(path), find_tokenizer(path), config.text) for path in config.beside]
+    found = Found(pictures={"tokens": draw(cuts)})
+    for one in cuts:
+        found.lines += [f"{one.name}: {len(one.ids)} tokens, {one.bytes_per_token:.2f} bytes per token"]
+        found.lines += ["  " + "|".join(map(show, one.pieces)), "  " + " ".join(map(str, one.ids))]
+    found.lines += ["", *worked_example(engine.model.embed.weight, cuts[0])]
+    return found
 
 
 class Cut(NamedTuple):
@@ -31,12 +48,12 @@ def cut(name: str, tokenizer: Tokenizer, text: str) -> Cut:
     return Cut(name, ids, [tokenizer.token_bytes(token) for token in ids])
 
 
-def find_tokenizer(path: Path, base: Path | None = None) -> Tokenizer:
+def find_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer directory, a dataset, a checkpoint or a run. Raises UserError."""
     for directory in (path, path / "tokenizer"):
         if (directory / "tokenizer.json").is_file():
             return load_tokenizer(directory)
-    return open_checkpoint(path, base).tokenizer
+    return open_checkpoint(path).tokenizer
 
 
 def show(piece: bytes) -> str:
@@ -50,63 +67,46 @@ def one_hot_product(table: Tensor, token: int) -> tuple[Tensor, Tensor]:
     return row, row @ table
 
 
-def worked_example(table: Tensor, pieces: Sequence[tuple[int, str]]) -> list[str]:
+def worked_example(table: Tensor, cut: Cut) -> list[str]:
     """The product on small numbers: the rows of the first four tokens, three channels of each."""
-    some = list(dict(pieces).items())[:4]
+    some = list(dict(zip(cut.ids, map(show, cut.pieces), strict=True)).items())[:4]
     small = table[[token for token, _ in some], :3].float().cpu()
-    token = len(some) - 1
-    row, product = one_hot_product(small, token)
+    row, product = one_hot_product(small, len(some) - 1)
+
+    def numbers(values: Tensor) -> str:
+        return "  ".join(f"{value:6.2f}" for value in values.tolist())
+
     lines = ["one-hot row x table = row of the table (three channels of the model's own table):"]
-    for i, (id_, piece) in enumerate(some):
-        numbers = "  ".join(f"{value:6.2f}" for value in small[i].tolist())
-        lines.append(f"  {int(row[i])} x  {numbers}   row of {id_} {piece!r}")
-    lines.append("  =    " + "  ".join(f"{value:6.2f}" for value in product.tolist()))
-    return lines
+    lines += [f"  {int(row[i])} x  {numbers(small[i])}   row of {token} {piece!r}" for i, (token, piece) in enumerate(some)]
+    return [*lines, f"  =    {numbers(product)}"]
 
 
 def draw(cuts: Sequence[Cut]) -> Any:
     """The pieces in a row of boxes, a tokenizer a block; each box has its id below."""
-    width = 96  # characters of a line
-    blocks = [_lines(one, width) for one in cuts]
-    height = sum(len(block) + 1 for block in blocks)
-    picture = drawing.figure(12, 0.48 * height + 0.3)
-    axes = picture.subplots()
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    axes.axis("off")
-    y = 0.5
-    for one, block in zip(cuts, blocks, strict=True):
-        title = f"{drawing.clip(one.name, 50)}: {len(one.ids)} tokens, {one.bytes_per_token:.2f} bytes per token"
-        axes.text(0, y, title, fontsize=10, fontweight="bold", va="center")
-        y += 1
-        for line in block:
-            for x, size, text, token, number in line:
-                colour = drawing.COLOURS[(0, 1, 2, 4, 5)[number % 5]]
-                axes.add_patch(_box(x, y - 0.42, size - 0.15, 0.52, colour))
-                axes.text(x + size / 2, y - 0.16, drawing.literal(text), fontsize=8, ha="center", va="center", family="monospace")
-                axes.text(x + size / 2, y + 0.26, str(token), fontsize=5.5, ha="center", va="center", color="dimgrey")
-            y += 1
-    return picture
-
-
-def _box(x: float, y: float, width: float, height: float, colour: str) -> Any:
     from matplotlib.patches import FancyBboxPatch
 
-    return FancyBboxPatch(
-        (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.15", facecolor=colour, alpha=0.3, linewidth=0
-    )
-
-
-def _lines(one: Cut, width: int) -> list[list[tuple[float, float, str, int, int]]]:
-    """(x, size, text, id, number) of the boxes, by line."""
-    lines: list[list[tuple[float, float, str, int, int]]] = [[]]
-    x = 0.0
-    for number, (token, piece) in enumerate(zip(one.ids, one.pieces, strict=True)):
-        text = show(piece).replace(" ", "·")
-        size = max(len(text), len(str(token)) * 0.62) + 0.9
-        if x + size > width and lines[-1]:
-            lines.append([])
-            x = 0.0
-        lines[-1].append((x, size, text, token, number))
-        x += size
-    return lines
+    width = 96.0  # characters of a line
+    picture = drawing.figure(12, 1)
+    axes = picture.subplots()
+    y = 0.5
+    for one in cuts:
+        title = f"{drawing.clip(one.name, 50)}: {len(one.ids)} tokens, {one.bytes_per_token:.2f} bytes per token"
+        axes.text(0, y, title, fontsize=10, fontweight="bold", va="center")
+        x, y = 0.0, y + 1
+        for number, (token, piece) in enumerate(zip(one.ids, one.pieces, strict=True)):
+            text = show(piece).replace(" ", "·")
+            size = max(len(text), len(str(token)) * 0.62) + 0.9
+            if x and x + size > width:
+                x, y = 0.0, y + 1
+            colour = drawing.COLOURS[(0, 1, 2, 4, 5)[number % 5]]
+            box = {"boxstyle": "round,pad=0,rounding_size=0.15", "facecolor": colour, "alpha": 0.3, "linewidth": 0}
+            axes.add_patch(FancyBboxPatch((x, y - 0.42), size - 0.15, 0.52, **box))
+            axes.text(x + size / 2, y - 0.16, drawing.literal(text), fontsize=8, ha="center", va="center", family="monospace")
+            axes.text(x + size / 2, y + 0.26, str(token), fontsize=5.5, ha="center", va="center", color="dimgrey")
+            x += size
+        y += 1
+    axes.set_xlim(0, width)
+    axes.set_ylim(y - 0.5, 0)
+    axes.axis("off")
+    picture.set_figheight(0.48 * (y - 0.5) + 0.3)
+    return picture
