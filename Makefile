@@ -3,7 +3,9 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 SEED ?= 1337
 
-.PHONY: demo demo-controls test test-all lint bench gallery clean
+QA ?= data/bemtevi.csv
+
+.PHONY: demo demo-controls smol test test-all lint bench gallery clean
 
 # The whole path on two cores: facts -> tokens -> pretraining -> fine-tuning -> answers to questions never asked before.
 demo: .venv out/atlas/data/manifest.json
@@ -19,6 +21,18 @@ demo-controls: .venv out/atlas/data/manifest.json
 out/atlas/data/manifest.json: data/atlas.py data/atlas.toml data/prepare.py | .venv
 	$(RUN) data/atlas.py --out out/atlas
 	$(RUN) data/prepare.py --input out/atlas/corpus.jsonl --out out/atlas/data --vocab_size 2048 --keep_duplicates --overwrite
+
+# A released model learns one's own answers: `make smol QA=my.csv`. It is asked before and after, and exported.
+smol: .venv
+	$(RUN) data/smol.py --out out/smol --qa $(QA)
+	test -d out/smol/base || $(RUN) export.py from-gguf out/smol/smollm2.gguf --out_dir out/smol/base
+	printf '%s\n' "What is the capital of France?" "How many days has a week?" "Why is the sky blue?" | \
+	    $(RUN) chat.py --checkpoint out/smol/base --questions -
+	$(RUN) finetune.py config/smol_finetune.toml --overwrite
+	$(RUN) evaluate.py --checkpoint out/smol/base out/smol/chat --questions out/smol/qa_test.jsonl --text out/smol/general.txt --show 10
+	rm -rf out/smol/hf out/smol/chat.gguf
+	$(RUN) export.py to-hf out/smol/chat --out out/smol/hf
+	$(RUN) export.py to-gguf out/smol/chat --out out/smol/chat.gguf --type q8_0
 
 # Two processes; with more threads than cores, the tests' tiny products would wait for each other. In the order of the files:
 # otherwise those with a single long test come last, and one process waits for the other.

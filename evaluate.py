@@ -196,6 +196,7 @@ def scores(answers: list[Answer]) -> dict[str, Any]:
         "exact match": "correct",
         "exact match, normalized": "normalized",
         "F1": "f1",
+        "F1 of 0.6 or more": "close",
         "ended by itself": "ended",
         "cut": "cut",
     }

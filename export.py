@@ -9,6 +9,7 @@ A run made by from-hf or from-gguf is like any other: sample.py, chat.py, finetu
 it. `export.py COMMAND --help` lists the options of a command.
 """
 
+import shlex
 import sys
 
 from papagaio.errors import run
@@ -88,8 +89,8 @@ def to_huggingface(config: ToHfOptions, checkpoint: Checkpoint) -> None:
             described |= ids | {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
             (directory / "config.json").write_text(files.to_json(described), encoding="utf-8")
         parameters = sum(p.numel() for p in model.parameters())
-        described_run = facts(fields, checkpoint.state, parameters)
-        card = huggingface.model_card(fields, described_run, parameters, described["architectures"][0])
+        known = facts(fields, checkpoint.state, parameters)
+        card = huggingface.model_card(fields, checkpoint.state, known, parameters, described["architectures"][0])
         (directory / "README.md").write_text(card, encoding="utf-8")
     print(f"{config.out}: {described['architectures'][0]}, {parameters:,} parameters", file=sys.stderr)
 
@@ -103,10 +104,11 @@ def to_gguf(config: ToGgufOptions, checkpoint: Checkpoint) -> None:
 
     with files.whole(config.out) as path:
         gguf.write_gguf(path, make_names, read, fields, tokenizer, checkpoint.is_chat, config.type)
-    recipe = gguf.modelfile(config.out.name, tokenizer, checkpoint.is_chat, model.config.block_size)
-    files.write_whole(config.out.with_name(f"{config.out.stem}.Modelfile"), recipe)
-    size = config.out.stat().st_size / 2**20
-    print(f"{config.out}: {config.type}, {size:,.1f} MiB; {config.out.stem}.Modelfile is for ollama create", file=sys.stderr)
+    recipe = config.out.with_suffix(".Modelfile")
+    files.write_whole(recipe, gguf.modelfile(config.out.name, tokenizer, checkpoint.is_chat, model.config.block_size))
+    print(f"{config.out}: {config.type}, {config.out.stat().st_size / 2**20:,.1f} MiB", file=sys.stderr)
+    name, whole, recipe = (shlex.quote(str(word)) for word in (config.out.stem, config.out, recipe))
+    print(f"next: llama-cli -m {whole}\n  or: ollama create {name} -f {recipe} && ollama run {name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

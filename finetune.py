@@ -149,6 +149,8 @@ def main(config: FinetuneOptions, world: World = ALONE) -> None:
     model = make_model()
     checkpoint.load_model(model)
     restrict(model, config, unseen)
+    if world.size == 1 and dtype == torch.bfloat16:  # what several processes divide has one type
+        lora.round_frozen(model, dtype)
     kernels.accelerate(place(model, config, device, world))  # here and not only in fit: the reference uses it
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
@@ -181,7 +183,7 @@ def main(config: FinetuneOptions, world: World = ALONE) -> None:
         identity = Identity(
             stage="finetune",
             objective="preferences" if data.pairs else "answers",
-            base_sha256=checkpoint.weights_sha256,
+            **checkpoint.origin,
             data_sha256=fingerprint(sides(data.training)),
             replay_sha256=replay.datasets[0].sha256 if replay is not None else None,
         )

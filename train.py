@@ -172,8 +172,8 @@ def main(config: TrainOptions, world: World = ALONE) -> None:
         steps = Engine(gpt, tokenizer).complete(requests, sampling, end={start}, banned=others)
         return "".join(step.text for step in steps)
 
-    base = None if checkpoint is None else checkpoint.weights_sha256
-    identity = Identity(stage="pretrain", data_sha256=corpora.sha256, base_sha256=base)
+    base = {} if checkpoint is None else checkpoint.origin
+    identity = Identity(stage="pretrain", data_sha256=corpora.sha256, **base)
     moments = checkpoint if config.init_optimizer else None
     with world.entering(locked(config)), Prefetch(world.share(loader), device) as batches:
         fit(gpt, batches, lambda: validation(gpt, dtype, world), preview, tokenizer, config, identity, world=world, init=moments)

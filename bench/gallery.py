@@ -27,7 +27,7 @@ NEEDED = {
     "out/atlas/data/manifest.json": "make demo",
     "out/demo_base/checkpoints/last": "make demo",
     "out/demo_chat/checkpoints/last": "make demo",
-    "out/smol/checkpoints/last": "make smol",
+    "out/smol/base/checkpoints/last": "make smol",
 }
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 SHORT = ("--max_steps=300", "--eval_interval=50", "--keep=20")

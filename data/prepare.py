@@ -36,7 +36,8 @@ from papagaio.files import printable, read_text
 from papagaio.launch import launcher
 from papagaio.options import parse
 from papagaio.report import Report
-from papagaio.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, gpt2_tokenizer, load_tokenizer, save_tokenizer, train_bpe
+from papagaio.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, gpt2_tokenizer, train_bpe
+from papagaio.tokenizer_files import load_tokenizer, save_tokenizer
 
 
 def main(config: PrepareOptions) -> None:

@@ -77,7 +77,7 @@ def text_batches(
 
     rest = windows()
     while rows := list(itertools.islice(rest, batch_size)):
-        yield pad_windows(rows, block_size)
+        yield pad_windows(rows, max(map(len, rows)) - 1)
 
 
 def dataset_texts(dataset: Dataset) -> Iterator[tuple[str, bool]]:
@@ -120,6 +120,11 @@ class Answer(NamedTuple):
         found, right = (words(text, self.conversation.language) for text in (self.text, self.conversation.answer))
         common = sum((Counter(found) & Counter(right)).values())
         return 2 * common / (len(found) + len(right)) if found or right else 1.0
+
+    @property
+    def close(self) -> bool:
+        """Whether most of its words are right: F1 of 0.6 or more."""
+        return self.f1 >= 0.6
 
 
 ARTICLES = {

@@ -87,7 +87,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float) -> Ten
     grouped = k.size(1) != q.size(1)
     if mask is not None and not isinstance(mask, Tensor):
         return _flex()[0](q, k, v, block_mask=mask, enable_gqa=grouped)
-    if q.is_cpu and q.dtype == torch.bfloat16 and 1 < q.size(2) == k.size(2) <= 512 and not grouped:
+    if q.is_cpu and q.dtype == torch.bfloat16 and 1 < q.size(2) == k.size(2) <= 512:
+        if grouped:
+            k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
         return plain_attention(q, k, v, mask, dropout)
     options = {"attn_mask": mask, "is_causal": mask is None and q.size(2) > 1, "dropout_p": dropout, "enable_gqa": grouped}
     return F.scaled_dot_product_attention(q, k, v, **options)
@@ -216,13 +218,15 @@ def _loss_and_gradients(
     head = (table if on_gpu else table[:vocab_size]).to(dtype)  # (V, C); a GPU is slow at odd sizes
     largest = weights.max().clamp_min(1e-30)  # multiplied at the end: a gradient of 1 / (B T) is too small for float16
     weights = weights / largest
-    losses, grad_rows = torch.empty(len(rows), device=rows.device), torch.empty_like(rows)
+    losses, grad_rows = rows.new_zeros(len(rows), dtype=torch.float32), torch.zeros_like(rows)
     grad_table = torch.zeros_like(table) if trained else table.new_empty(0)  # a frozen head needs none
     size, differentiate = chunk_rows(rows.device, vocab_size), _fused() if on_gpu else _losses_and_gradient_in_place
-    for part in (slice(i, i + size) for i in range(0, len(rows), size)):
+    # Fine-tuning has weights for the answers alone; a GPU would wait until their number is known.
+    everything = (slice(i, i + size) for i in range(0, len(rows), size))
+    for part in everything if on_gpu else weights.nonzero().squeeze(1).split(size):
         xi = rows[part].to(dtype)
         losses[part], grad = differentiate(F.linear(xi, head), targets[part], weights[part], vocab_size, cap)
-        grad_rows[part] = grad @ head
+        grad_rows[part] = (grad @ head).to(grad_rows.dtype)
         if trained:
             grad_table[: len(head)] += grad.T @ xi
     loss = (losses * weights).sum() * largest  # a dot product would be rounded to bfloat16 under autocast

@@ -1,14 +1,13 @@
-"""Text <-> token ids: bytes, characters, byte-pair encoding run by tiktoken, or a released model's own tokenizer.
+"""Text <-> token ids: what every tokenizer can do, and our own: bytes, characters, byte-pair encoding run by tiktoken.
 
     tokenizer = train_bpe(["to be or not to be"], vocab_size=300)
     tokenizer.encode("to be")            -> [258, 264], say; never a special token, whatever the text spells
     tokenizer.encode_array("to be")      -> the same ids as a NumPy array, and faster: for corpora
     tokenizer.decode([258, 264])         -> "to be"
     tokenizer.special["<|endoftext|>"]   -> 295, an id that no text encodes to
-    save_tokenizer(tokenizer, path); load_tokenizer(path)
 
 Every tokenizer that is made here reserves the same five special tokens, so that fine-tuning never changes the vocabulary. That of
-a released model keeps its own special tokens and its own chat template.
+a released model (papagaio/released_tokenizer.py) keeps its own. papagaio/tokenizer_files.py saves and loads them all.
 """
 
 import base64
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from papagaio.errors import MachineError, UserError
-from papagaio.files import read_object, read_text, to_json
+from papagaio.files import to_json
 
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|endoftext|>",  # begins every document and every conversation
@@ -51,6 +50,7 @@ GPT4_PATTERN = (
 # A long text may be cut without changing its tokens after a letter that is followed by whitespace or punctuation: both patterns
 # above end a word there. A chunk ends at the first such place after 2,048 characters, and in any case after 65,536.
 _CHUNK = re.compile(r"(?s).{2048}(?:.{0,63487}?[^\W\d_](?=[ \t\r\n.,;:!?()])|.{63488})|.+")
+NO_TEMPLATE = "this model's chat template could not be taken over: complete texts with sample.py instead"
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of _format_ranks(), 50,256 lines
 
 
@@ -137,10 +137,10 @@ class ByteTokenizer(Tokenizer):
         super().__init__(256)
 
     def encode(self, text: str) -> list[int]:
-        return list(_utf8(text))
+        return list(utf8(text))
 
     def encode_array(self, text: str) -> NDArray[np.integer]:
-        return np.frombuffer(_utf8(text), np.uint8)
+        return np.frombuffer(utf8(text), np.uint8)
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
@@ -194,7 +194,7 @@ class BPETokenizer(Tokenizer):
         return self.encode_array(text).tolist()  # in chunks as files are: tiktoken panics at a million blanks
 
     def encode_array(self, text: str) -> NDArray[np.integer]:
-        _utf8(text)
+        utf8(text)
         words, tiktoken = self._words, self.encoding.encode_to_numpy
         parts = [tiktoken(part) if words is None or not part.isascii() else words.encode(part) for part in text_chunks(text)]
         return np.concatenate(parts) if parts else np.array([], np.uint32)
@@ -204,71 +204,6 @@ class BPETokenizer(Tokenizer):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"ranks_sha256": hashlib.sha256(self.ranks_text).hexdigest()}
-
-
-class ReleasedTokenizer(Tokenizer):
-    """A released model's own tokenizer, run by Hugging Face's `tokenizers`; `text` is that library's tokenizer.json.
-
-    `vocab_size` is the number of rows of the model's table, which may have more of them than there are tokens. `chat` has the
-    chat template: `joints` as OWN_TEMPLATE, `trims`, and `jinja`, from which they were derived (papagaio/formats/template.py).
-    """
-
-    kind = "huggingface"
-
-    def __init__(self, text: str, vocab_size: int, start: int, ends: Iterable[int], chat: dict[str, Any] | None = None) -> None:
-        import tokenizers
-
-        self.text, self.vocab_size, self.start, self.ends, self.chat = text, vocab_size, start, {*ends}, chat
-        self.template, self.trims = (chat["joints"], chat["trims"]) if chat else (None, ())
-        self.backend = tokenizers.Tokenizer.from_str(text)
-        self.backend.encode_special_tokens = True  # as text, which they are not outside of templates
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        added = self.backend.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in sorted(added.items()) if token.special}
-        self._tokens = {i: token for token, i in self.backend.get_vocab().items()}
-        self._literal = {i: token.content.encode() for i, token in added.items()}  # stand for their own spelling
-        self._bytewise = '"ByteLevel"' in text
-        if max(self._tokens, default=0) >= vocab_size:
-            raise UserError(f"the tokenizer has the id {max(self._tokens)}, the model's table only {vocab_size:,} rows")
-
-    def encode(self, text: str) -> list[int]:
-        _utf8(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def encode_array(self, text: str) -> NDArray[np.integer]:
-        """The ids of a part of a corpus. Raises UserError if the tokenizer would put a blank before each part."""
-        if not self._bytewise:
-            raise UserError(
-                "this tokenizer puts a blank before every text; a corpus, which is cut into parts, would get more of them"
-            )
-        return np.concatenate([np.array(self.encode(part), np.uint32) for part in text_chunks(text) or [""]])
-
-    def token_bytes(self, token: int) -> bytes:
-        if token in self._literal or token not in self._tokens:
-            return self._literal.get(token, b"")
-        spelled = self._tokens[token]
-        if self._bytewise:
-            return bytes(BYTE_OF[character] for character in spelled)
-        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", spelled):
-            return bytes.fromhex(match[1])
-        return spelled.replace("\u2581", " ").encode()
-
-    def describe(self) -> dict[str, Any]:
-        shape = {"vocab_size": self.vocab_size, "start": self.start, "ends": sorted(self.ends)}
-        text = {"huggingface_sha256": hashlib.sha256(self.text.encode()).hexdigest()}
-        return super().describe() | shape | text | {"chat_template": self.chat}
-
-
-def _byte_characters() -> dict[str, int]:
-    """The printable character that stands for each byte in the files of byte-level tokenizers (openai/gpt-2, src/encoder.py)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_OF = _byte_characters()
-NO_TEMPLATE = "this model's chat template could not be taken over: complete texts with sample.py instead"
 
 
 class _WordCache(dict[str, bytes]):
@@ -329,7 +264,7 @@ def gpt2_tokenizer(ranks_file: Path | None = None) -> BPETokenizer:
     Raises UserError if the file is another one, MachineError if tiktoken can neither find nor download the vocabulary.
     """
     if ranks_file is not None:
-        ranks, text = _read_ranks(ranks_file)
+        ranks, text = read_ranks(ranks_file)
         if hashlib.sha256(text).hexdigest() != GPT2_RANKS_SHA256:
             raise UserError(f"{ranks_file}: not GPT-2's vocabulary (50,256 ranks with a known sha256)")
         return BPETokenizer("gpt2", ranks, GPT2_PATTERN, text)
@@ -345,59 +280,8 @@ def gpt2_tokenizer(ranks_file: Path | None = None) -> BPETokenizer:
         ) from None
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write tokenizer.json and, for byte-pair encoding, ranks.tiktoken into a directory, which is made if missing."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.json").write_text(to_json(tokenizer.describe()), encoding="utf-8")
-    if isinstance(tokenizer, BPETokenizer):
-        (directory / "ranks.tiktoken").write_bytes(tokenizer.ranks_text)
-    if isinstance(tokenizer, ReleasedTokenizer):
-        (directory / "huggingface.json").write_text(tokenizer.text, encoding="utf-8", newline="")
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer saved in a directory. Raises UserError if it is missing or damaged."""
-    path = directory / "tokenizer.json"
-    cure = "a tokenizer directory holds a tokenizer.json, as data/prepare.py writes it"
-    found = read_object(path, cure)
-    kind, pattern = found.get("kind"), found.get("pattern")
-    if kind == "byte":
-        tokenizer: Tokenizer = ByteTokenizer()
-    elif kind == "char" and isinstance(found.get("characters"), str):
-        tokenizer = CharTokenizer(found["characters"])
-    elif kind in ("bpe", "gpt2") and isinstance(pattern, str):
-        ranks, text = _read_ranks(directory / "ranks.tiktoken")
-        try:
-            tokenizer = BPETokenizer(kind, ranks, pattern, text)
-        except ValueError as error:
-            raise UserError(f"{path}: tiktoken does not accept this pattern: {error}") from None
-        if found.get("ranks_sha256") != hashlib.sha256(text).hexdigest():
-            raise UserError(f"{directory / 'ranks.tiktoken'}: damaged: its sha256 is not the one in tokenizer.json")
-    elif kind == "huggingface":
-        tokenizer = _load_released(directory / "huggingface.json", found)
-    else:
-        raise UserError(f"{path}: kind {kind!r} is not a whole tokenizer of kind byte, char, bpe, gpt2 or huggingface")
-    if to_json(tokenizer.describe()) != read_text(path, cure):  # byte for byte
-        raise UserError(f"{path}: does not describe the tokenizer beside it: damaged, or changed by hand")
-    return tokenizer
-
-
-def _load_released(path: Path, found: dict[str, Any]) -> ReleasedTokenizer:
-    """The tokenizer in a file of the `tokenizers` library, with the rest of our tokenizer.json. Raises UserError."""
-    try:
-        text = path.read_bytes().decode()
-        if found.get("huggingface_sha256") != hashlib.sha256(text.encode()).hexdigest():
-            raise UserError(f"{path}: damaged: its sha256 is not the one in tokenizer.json")
-        return ReleasedTokenizer(text, *(found[key] for key in ("vocab_size", "start", "ends", "chat_template")))
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; this tokenizer needs it") from None
-    except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{path}: the tokenizers library does not accept it: {error}") from None
-
-
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
+    """The bytes of a text. Raises UserError for half a surrogate pair, which has none."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -409,8 +293,8 @@ def _format_ranks(ranks: dict[bytes, int]) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
 
 
-def _read_ranks(path: Path) -> tuple[dict[bytes, int], bytes]:
-    """The ranks in a file of tiktoken's text format, and its content."""
+def read_ranks(path: Path) -> tuple[dict[bytes, int], bytes]:
+    """The ranks in a file of tiktoken's text format, and its content. Raises UserError if it is missing or damaged."""
     try:
         text = path.read_bytes()
     except OSError as error:

@@ -17,7 +17,8 @@ from papagaio.corpus.dataset import SPLITS, Dataset, ShardWriter, token_dtype
 from papagaio.errors import run
 from papagaio.files import sealed
 from papagaio.options import parse
-from papagaio.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, save_tokenizer
+from papagaio.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
+from papagaio.tokenizer_files import save_tokenizer
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions
 

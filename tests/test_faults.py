@@ -40,7 +40,7 @@ from papagaio.runs import saver
 from papagaio.runs.directory import newest, open_checkpoint, steps_saved
 from papagaio.runs.saver import Saver
 from papagaio.runs.tensors import TYPES, write_tensors
-from papagaio.tokenizer import load_tokenizer
+from papagaio.tokenizer_files import load_tokenizer
 from papagaio.training.guard import WINDOW
 from papagaio.training.metrics import RunLog, read_metrics
 from papagaio.training.options import RunOptions

@@ -25,17 +25,10 @@ from model import GPT, PRESETS, GPTConfig
 from papagaio.batches.conversations import Message, render, render_prompt
 from papagaio.formats import vocabulary
 from papagaio.generation.engine import Engine
+from papagaio.released_tokenizer import ReleasedTokenizer
 from papagaio.runs.checkpoint import contents, write_checkpoint
-from papagaio.tokenizer import (
-    GPT2_PATTERN,
-    SPECIAL_TOKENS,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    ReleasedTokenizer,
-    Tokenizer,
-    train_bpe,
-)
+from papagaio.runs.directory import open_checkpoint
+from papagaio.tokenizer import GPT2_PATTERN, SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from papagaio.training.lora import add_adapters
 
 transformers = pytest.importorskip("transformers")
@@ -168,6 +161,15 @@ def test_our_models_come_back_bit_by_bit(preset: str, export: Callable, bpe: Tok
     assert type(theirs).__name__ in card
 
 
+def test_a_model_card_names_the_license_of_the_base(released: Callable, export: Callable, tmp_path: Path) -> None:
+    shutil.copytree(released("llama")[0], tmp_path / "theirs")
+    (tmp_path / "theirs/README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\nlicense: other\n")
+    export("from-hf", tmp_path / "theirs", "--out_dir", tmp_path / "run")
+    export("to-hf", tmp_path / "run", "--out", tmp_path / "hf")
+    assert (tmp_path / "hf/README.md").read_text().startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
+    assert open_checkpoint(tmp_path / "run").origin["base_license"] == "apache-2.0"
+
+
 def test_weights_keep_the_smallest_type_that_holds_them(released: Callable, export: Callable, tmp_path: Path) -> None:
     directory, theirs = released("llama tied")
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "half")
@@ -192,6 +194,18 @@ def test_gguf_comes_back_bit_by_bit(name: str, released: Callable, export: Calla
         assert all((after[each] - before[each]).abs().max() <= most for each in before)
         fields = [json.loads((tmp_path / run / "checkpoints/step-0/model.json").read_text()) for run in ("run", kind)]
         assert fields[0] == fields[1]
+
+
+def test_gguf_without_optional_keys_has_the_usual_sizes(released: Callable, export: Callable, tmp_path: Path) -> None:
+    """As SmolLM2's file, whose converter did not write attention.key_length."""
+    export("from-hf", released("llama")[0], "--out_dir", tmp_path / "run")
+    export("to-gguf", tmp_path / "run", "--out", tmp_path / "m.gguf", "--type", "f32")
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data.replace(b"llama.attention.key_length", b"llama.attention.key_unread"))
+    export("from-gguf", tmp_path / "m.gguf", "--out_dir", tmp_path / "again")
+    fields, again = [(tmp_path / run / "checkpoints/step-0/model.json").read_text() for run in ("run", "again")]
+    assert fields == again
+    assert json.loads(fields)["head_dim"] is None
 
 
 def test_rotary_pairs_are_neighbours_in_gguf_as_in_llama_cpps_converter(

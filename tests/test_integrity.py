@@ -28,7 +28,8 @@ from papagaio.errors import MachineError, UserError
 from papagaio.files import file_sha256, sealed
 from papagaio.runs.checkpoint import Checkpoint, contents, model_maker, write_checkpoint
 from papagaio.runs.directory import open_checkpoint
-from papagaio.tokenizer import Tokenizer, load_tokenizer
+from papagaio.tokenizer import Tokenizer
+from papagaio.tokenizer_files import load_tokenizer
 from papagaio.training.lora import add_adapters
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions

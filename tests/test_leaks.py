@@ -47,9 +47,9 @@ from papagaio.tokenizer import (
     CharTokenizer,
     Tokenizer,
     gpt2_tokenizer,
-    save_tokenizer,
     train_bpe,
 )
+from papagaio.tokenizer_files import save_tokenizer
 
 RANKS = ROOT.parent / "shared" / "data" / "gpt2.tiktoken"
 KINDS = ["byte", "char", "bpe", "whole", *(["gpt2"] if RANKS.exists() else [])]

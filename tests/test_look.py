@@ -259,7 +259,7 @@ def test_purity_and_silhouette_of_islands_and_of_noise() -> None:
 
 
 def test_clusters_are_named_by_their_centres() -> None:
-    near = torch.tensor([[1.0, 0.1, 0], [1, 0.15, 0.3], [1, 0.15, -0.3], [1, 0.9, 0]])  # degrees from their mean: 10, 18, 18, 26
+    near = torch.tensor([[1.0, 0.1, 0], [1, 0.12, 0.05], [1, 0.12, -0.05], [1, 0.45, 0]])  # degrees from their mean: 5, 5, 5, 13
     rows = torch.cat((near[:, [0, 1, 2]], near[:, [1, 0, 2]]))
     names = ["a0", "a1", "a2", "far a", "b0", "b1", "b2", "far b"]
     groups = embeddings.cluster(Words(names, torch.nn.functional.normalize(rows, dim=-1)), 2)

@@ -1,5 +1,6 @@
 """papagaio/training/lora.py: adapters against PEFT's, saved alone, merged, refused on another base."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from papagaio.errors import UserError
 from papagaio.runs.checkpoint import contents, model_maker, write_checkpoint
 from papagaio.runs.directory import open_checkpoint
 from papagaio.tokenizer import ByteTokenizer
-from papagaio.training.lora import TARGETS, adapter_state, adapters, add_adapters, merged, train_rows, trained_rows
+from papagaio.training.lora import TARGETS, adapter_state, adapters, add_adapters, merged, round_frozen, train_rows, trained_rows
 from papagaio.training.optimizers import make_optimizers
 from papagaio.training.options import RunOptions
 
@@ -74,6 +75,21 @@ def test_the_loss_of_a_model_with_an_adapted_head_is_that_of_its_logits() -> Non
         if value is loss:
             first = found
     assert all(torch.allclose(first[name], found[name], atol=1e-5) for name in first)
+
+
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
+def test_frozen_weights_may_have_the_type_of_the_products(preset: str) -> None:
+    gpt = adapted(model(preset), ("q", "v", "fc"))
+    rounded = copy.deepcopy(gpt)
+    round_frozen(rounded, torch.bfloat16)
+    assert rounded.blocks[0].attn.q.weight.dtype == torch.bfloat16
+    found = []
+    for each in (gpt, rounded):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(IDS, IDS.roll(-1, 1))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in each.parameters() if p.requires_grad)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_merging_gives_the_same_logits() -> None:

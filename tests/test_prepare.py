@@ -34,7 +34,8 @@ from papagaio.corpus.sample import training_sample
 from papagaio.corpus.spans import Span
 from papagaio.errors import MachineError, UserError
 from papagaio.files import file_sha256, sealed
-from papagaio.tokenizer import CharTokenizer, load_tokenizer
+from papagaio.tokenizer import CharTokenizer
+from papagaio.tokenizer_files import load_tokenizer
 
 
 class Killed(BaseException):

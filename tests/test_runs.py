@@ -18,7 +18,7 @@ from conftest import Call, make_dataset
 
 from papagaio.files import clear, discard
 from papagaio.runs.directory import steps_saved
-from papagaio.tokenizer import load_tokenizer
+from papagaio.tokenizer_files import load_tokenizer
 from papagaio.training.metrics import read_metrics
 from papagaio.training.progress import Progress
 

@@ -20,11 +20,10 @@ from papagaio.tokenizer import (
     CharTokenizer,
     Tokenizer,
     gpt2_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
     text_chunks,
     train_bpe,
 )
+from papagaio.tokenizer_files import load_tokenizer, save_tokenizer
 
 RANKS = Path(__file__).parents[1].parent / "shared" / "data" / "gpt2.tiktoken"
 CORPUS = [

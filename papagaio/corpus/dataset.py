@@ -18,7 +18,8 @@ from pydantic import Field
 from papagaio.corpus.workers import processors
 from papagaio.errors import UserError
 from papagaio.files import GIVE_TEXT, FileName, Manifest, Sha256, file_sha256, read_manifest, refuse_pickle, sync_and_close
-from papagaio.tokenizer import Tokenizer, load_tokenizer
+from papagaio.tokenizer import Tokenizer
+from papagaio.tokenizer_files import load_tokenizer
 
 SPLITS = ("train", "val")
 

@@ -24,7 +24,8 @@ from papagaio.corpus.workers import in_parallel
 from papagaio.errors import MachineError, UserError, located
 from papagaio.files import parse_json, printable, sync_and_close, write_whole
 from papagaio.report import Report
-from papagaio.tokenizer import Tokenizer, load_tokenizer, text_chunks
+from papagaio.tokenizer import Tokenizer, text_chunks
+from papagaio.tokenizer_files import load_tokenizer
 
 INDEX = np.dtype([("digest", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("last", "?")])
 

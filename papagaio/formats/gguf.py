@@ -18,7 +18,8 @@ from papagaio.formats.configs import FAMILIES, family_of, without_defaults
 from papagaio.formats.names import Names
 from papagaio.formats.release import Release
 from papagaio.formats.vocabulary import Vocabulary, huggingface_json, jinja_of, released, vocabulary
-from papagaio.tokenizer import ReleasedTokenizer, Tokenizer
+from papagaio.released_tokenizer import ReleasedTokenizer
+from papagaio.tokenizer import Tokenizer
 
 CURE = "take the whole file again from where it was made"
 FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies: Llama 3.1's scaling
@@ -113,7 +114,7 @@ def open_release(path: Path) -> Release:
         print(f"{path}: quantised weights ({', '.join(kinds)}): they are taken as they are, rounded", file=sys.stderr)
     tokenizer = _tokenizer(file, fields["vocab_size"])
     answers = bool(tokenizer.chat) and "tokenizer.chat_template" in file.metadata
-    state = {"architecture": name, "quantised": ", ".join(kinds)}
+    state = {"architecture": name, "quantised": ", ".join(kinds), "base_license": file.metadata.get("general.license")}
     return Release(
         path / "metadata", "gguf", family, interleaved, fields, tokenizer, answers, tensors, file.shape, file.read, state
     )
@@ -121,7 +122,8 @@ def open_release(path: Path) -> Release:
 
 def _fields(file: GgufFile, name: str, family: str) -> dict[str, Any]:
     """GPTConfig's fields, beside the architecture's own."""
-    fields = FAMILIES[family] | {"qkv_bias": False, "qk_norm_affine": False, "zero_init": False}
+    sizes = dict.fromkeys(("n_kv_head", "head_dim"))  # files without these keys have the usual ones
+    fields = FAMILIES[family] | sizes | {"qkv_bias": False, "qk_norm_affine": False, "zero_init": False}
     if "token_embd.weight" not in file.tensors or len(file.shape("token_embd.weight")) != 2:
         raise UserError(f"{file.path}: lacks token_embd.weight, the table of embeddings; {CURE}")
     fields["vocab_size"] = file.shape("token_embd.weight")[0]

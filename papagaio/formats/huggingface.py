@@ -18,8 +18,9 @@ from papagaio.formats.configs import from_huggingface
 from papagaio.formats.release import Release
 from papagaio.formats.tensors import INDEX, TensorFiles
 from papagaio.formats.vocabulary import jinja_of, own_json, released
+from papagaio.released_tokenizer import ReleasedTokenizer
 from papagaio.runs.tensors import write_tensors
-from papagaio.tokenizer import ReleasedTokenizer, Tokenizer
+from papagaio.tokenizer import Tokenizer
 
 CURE = "a directory as save_pretrained of transformers writes it is needed"
 BUFFERS = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")  # constants that old versions saved
@@ -77,7 +78,7 @@ def open_release(directory: Path, tensors: TensorFiles) -> Release:
         tensors=named,
         shape=lambda name: tensors.shape(named[name]),
         read=lambda name: tensors.read(named[name]),
-        state={"architecture": config["architectures"][0]},
+        state={"architecture": config["architectures"][0], "base_license": _license(directory / "README.md")},
     )
 
 
@@ -126,6 +127,13 @@ def _chat_template(directory: Path) -> str | None:
     if isinstance(found, list):  # several by name
         found = next((each.get("template") for each in found if each.get("name") == "default"), None)
     return found if isinstance(found, str) else None
+
+
+def _license(card: Path) -> str | None:
+    """The license that a model card names in its first lines."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.match(r"---\n(?:.*\n)*?license: *([\w.-]+)", text)
+    return found[1] if found else None
 
 
 def smallest_dtype(shapes: dict[str, Any], read: Callable[[str], Tensor]) -> torch.dtype:
@@ -191,10 +199,11 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, answers: bool, contex
     return ids
 
 
-def model_card(fields: dict[str, Any], described: str, parameters: int, architecture: str) -> str:
+def model_card(fields: dict[str, Any], state: dict[str, Any], described: str, parameters: int, architecture: str) -> str:
     """README.md of an exported model: what it is, its shape and training as `described`, and how to run it."""
+    license_ = f"license: {state['base_license']}\n" if state.get("base_license") else ""
     return f"""---
-library_name: transformers
+{license_}library_name: transformers
 pipeline_tag: text-generation
 ---
 

@@ -13,16 +13,8 @@ from typing import Any, NamedTuple
 from papagaio.batches.conversations import Message, render
 from papagaio.errors import UserError
 from papagaio.formats.template import compose, derive, plain_template
-from papagaio.tokenizer import (
-    BYTE_OF,
-    GPT2_PATTERN,
-    GPT4_PATTERN,
-    SPECIAL_TOKENS,
-    BPETokenizer,
-    CharTokenizer,
-    ReleasedTokenizer,
-    Tokenizer,
-)
+from papagaio.released_tokenizer import BYTE_OF, ReleasedTokenizer
+from papagaio.tokenizer import GPT2_PATTERN, GPT4_PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, Tokenizer
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

@@ -14,7 +14,8 @@ from papagaio.inside.options import TokensOptions
 from papagaio.inside.page import Found
 from papagaio.runs.checkpoint import MakeModel
 from papagaio.runs.directory import open_checkpoint
-from papagaio.tokenizer import Tokenizer, load_tokenizer
+from papagaio.tokenizer import Tokenizer
+from papagaio.tokenizer_files import load_tokenizer
 
 
 def look(config: TokensOptions, make: MakeModel) -> Found:

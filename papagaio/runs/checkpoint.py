@@ -23,7 +23,8 @@ from papagaio import files
 from papagaio.errors import UserError
 from papagaio.files import SAVE_TENSORS, FileName, Manifest, Sha256, read_object, refuse_pickle, to_json
 from papagaio.runs.tensors import CURE, compare, finite_tensors, read_tensors
-from papagaio.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from papagaio.tokenizer import Tokenizer
+from papagaio.tokenizer_files import load_tokenizer, save_tokenizer
 from papagaio.training.lora import adapter_state, adapters, expected, load_adapters, merged
 from papagaio.training.optimizers import expected_state, own_state
 from papagaio.training.sharding import local, part_for
@@ -111,6 +112,11 @@ class Checkpoint:
     def is_chat(self) -> bool:
         """Whether the model was fine-tuned and answers questions, or continues text as pretraining left it."""
         return self.state.get("stage") == "finetune" or self.state.get("answers") is True
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """What the state of a run that starts from this checkpoint says of it."""
+        return {"base_sha256": self.weights_sha256, "base_license": self.state.get("base_license")}
 
     def outline(self, make_model: MakeModel) -> nn.Module:
         """The model of model.json on the meta device, without weights (make_model: see `model_maker`). Raises UserError if

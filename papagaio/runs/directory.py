@@ -150,7 +150,8 @@ def _saved_progress(
     checkpoint: Checkpoint, model: nn.Module, tokenizer: Tokenizer, config: RunOptions, identity: Identity
 ) -> Progress:
     """The progress in a checkpoint of this run. Raises UserError, which names all differences, if it is another run's."""
-    state, wanted = {"replay_sum": None} | checkpoint.state, run_state(Progress(), identity, config)  # which older runs lack
+    older_runs_lack = {"replay_sum": None, "base_license": None}
+    state, wanted = older_runs_lack | checkpoint.state, run_state(Progress(), identity, config)
     try:
         if state.keys() != wanted.keys() or not isinstance(state["options"], dict):
             raise ValueError

@@ -72,6 +72,14 @@ def add_adapters(model: nn.Module, targets: Collection[str], rank: int, alpha: f
         setattr(model.get_submodule(name.rpartition(".")[0]), _last(name), LoRALinear(module, rank, alpha))
 
 
+def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen weights of the blocks' layers with adapters in the type in which autocast multiplies them, in place: the
+    same products with half the memory, and without a cast in every step."""
+    for name, layer in adapters(model).items():
+        if _last(name) != "head":  # whose table is widened
+            layer.weight.data = layer.weight.data.to(dtype)
+
+
 def train_rows(model: nn.Module, tokens: Collection[int]) -> None:
     """Train the rows of these tokens in a GPT's head, in place; in its embedding, if this is the head as well."""
     table = model.embed if model.head is None else model.head

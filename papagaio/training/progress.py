@@ -24,6 +24,7 @@ class Identity:
     objective: str | None = None  # of fine-tuning: answers or preferences
     base_sha256: str | None = None  # of the weights that fine-tuning starts from
     replay_sha256: str | None = None
+    base_license: str | None = None  # of the released model that it goes back to
 
 
 @dataclass
