@@ -61,7 +61,7 @@ def main(config: SmolOptions) -> None:
             f"{config.qa}: no answer stands twice, so that the questions asked at the end are those trained on", file=sys.stderr
         )
     for name, part in (("train", train), ("test", test or train)):
-        rows = [{"messages": [message.model_dump() for message in row.messages]} for row in part]
+        rows = [{"messages": [message.model_dump(include={"role", "content"}) for message in row.messages]} for row in part]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         files.write_whole(config.out / f"qa_{name}.jsonl", "".join(lines))
     print(f"{config.qa}: {len(train):,} questions to train on, {len(test):,} in other words held out", file=sys.stderr)
