@@ -5,7 +5,7 @@ SEED ?= 1337
 
 QA ?= data/bemtevi.csv
 
-.PHONY: demo demo-controls smol test test-all lint bench gallery clean
+.PHONY: demo demo-controls smol senses test test-all lint bench gallery clean
 
 # The whole path on two cores: facts -> tokens -> pretraining -> fine-tuning -> answers to questions never asked before.
 demo: .venv out/atlas/data/manifest.json
@@ -33,6 +33,18 @@ smol: .venv
 	rm -rf out/smol/hf out/smol/chat.gguf
 	$(RUN) export.py to-hf out/smol/chat --out out/smol/hf
 	$(RUN) export.py to-gguf out/smol/chat --out out/smol/chat.gguf --type q8_0
+
+# Pictures and sounds as characters: digits and spoken numbers, asked both ways. docs/senses.md explains it. Needs espeak-ng.
+senses: .venv
+	$(RUN) data/digits.py --out out/digits
+	$(RUN) data/prepare.py --input out/digits/corpus.jsonl --out out/digits/data --tokenizer char --keep_duplicates --overwrite
+	$(RUN) train.py config/digits_pretrain.toml --overwrite
+	$(RUN) finetune.py config/digits_finetune.toml --overwrite
+	$(RUN) data/speech.py --out out/speech
+	$(RUN) data/prepare.py --input out/speech/corpus.jsonl --out out/speech/data --tokenizer char --keep_duplicates --overwrite
+	$(RUN) train.py config/speech_pretrain.toml --overwrite
+	$(RUN) finetune.py config/speech_finetune.toml --overwrite
+	$(RUN) bench/senses.py --digits out/digits --speech out/speech
 
 # Two processes; with more threads than cores, the tests' tiny products would wait for each other. In the order of the files:
 # otherwise those with a single long test come last, and one process waits for the other.

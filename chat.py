@@ -71,10 +71,11 @@ from model import GPT, GPTConfig
 from papagaio.batches.questions import Reader
 from papagaio.generation.asking import NOT_ANSWERED, Question, answer_all, open_answers, read_questions
 from papagaio.generation.chat import Chat, Notice, Reply, Text
+from papagaio.generation.drawing import Drawing
 from papagaio.generation.engine import Engine
 from papagaio.report import Report
 from papagaio.runs.checkpoint import model_maker
-from papagaio.terminal import dim, print_json, without_echo
+from papagaio.terminal import colours, dim, print_json, without_echo
 
 HELP = """\
 /reset             begin a new conversation, with the same system message
@@ -181,18 +182,19 @@ def answer_lines(chat: Chat) -> None:
 def show(chat: Chat, events: Iterator[Text | Notice | Reply]) -> str:
     """Print an answer while it grows; returns its speed. In a terminal Ctrl-C ends the answer."""
     notices = []
+    drawing = Drawing(chat.engine.checkpoint if sys.stdout.isatty() else None, colours(sys.stdout))
     silent = without_echo(sys.stdin) if interactive() else contextlib.nullcontext()
     try:
         with silent, contextlib.closing(events):
             for event in events:
                 if isinstance(event, Text):
-                    print(event.text, end="", flush=True)
+                    print(drawing.push(event.text), end="", flush=True)
                 elif isinstance(event, Notice):
                     notices.append(event.text)
     except KeyboardInterrupt:
         if not interactive():
             raise
-    print(flush=True)
+    print(drawing.close(), flush=True)
     for notice in notices:
         print(f"({notice})", file=sys.stderr)
     return f"{chat.reply.tokens} tokens, {chat.reply.tokens / max(chat.reply.seconds, 1e-9):,.0f} tokens/s"

@@ -114,8 +114,9 @@ def main(config: FinetuneOptions, world: World = ALONE) -> None:
     tests = {path: reader.conversations(path) for path in config.test_data}
     control = reader.conversations(config.control_data) if config.control_data else []
     data = read_data(config, reader, tokenizer, block_size, config.seed, [row for rows in tests.values() for row in rows])
-    # Rows need not be as wide as a large context: 1,024 tokens, or the longest example.
-    block_size = min(block_size, max(1024, *(side.length for side in sides([*data.training, *data.validation]))))
+    # Rows need not be as wide as a large context: as the longest example, or wide enough to be packed, and for replayed text.
+    width = 1024 if config.packing else 256
+    block_size = min(block_size, max(width, *(side.length for side in sides([*data.training, *data.validation]))))
     if config.preview is not None:
         for example in data.training[: config.preview]:
             print(marked(example, tokenizer, colours(sys.stdout)))

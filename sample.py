@@ -51,10 +51,11 @@ from typing import Any
 
 from model import GPT, GPTConfig
 from papagaio.corpus.rows import Row, read_rows
+from papagaio.generation.drawing import Drawing
 from papagaio.generation.engine import Engine, Request, Step, in_order
 from papagaio.generation.printing import ALTERNATIVES, as_json, show
 from papagaio.runs.checkpoint import model_maker
-from papagaio.terminal import print_json
+from papagaio.terminal import colours, print_json
 
 
 def main(config: SampleOptions) -> None:
@@ -73,6 +74,7 @@ def main(config: SampleOptions) -> None:
     requests = (Request(ids, config.seed + number) for ids in prompts for number in range(config.num_samples))
     top = ALTERNATIVES + 1 if config.show_probs else config.logprobs
     done: list[Step] = []  # the steps of one completion
+    drawing = Drawing(config.checkpoint if sys.stdout.isatty() else None, colours(sys.stdout))
     truncated = False
     for step in in_order(engine.complete(requests, config, batch_size=config.batch_size, top=top)):
         number, sample = divmod(step.index, config.num_samples)
@@ -80,7 +82,7 @@ def main(config: SampleOptions) -> None:
         done.append(step)
         truncated = truncated or step.truncated
         if not (config.json_ or config.prompts):
-            show(done, row["prompt"], engine.tokenizer, config.show_probs)
+            show(done, row["prompt"], engine.tokenizer, config.show_probs, drawing)
         elif step.finish:
             result = as_json(done, engine.tokenizer, config.seed + sample, config.logprobs is not None)
             print_json(row | result)

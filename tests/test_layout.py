@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("papagaio/**/*.py")]
 LAZY = {
     *("wandb", "prompt_toolkit", "matplotlib", "babel", "transformers", "datasets", "huggingface_hub", "tokenizers"),
-    *("rustbpe", "pooch", "gguf", "jinja2", "sklearn"),
+    *("rustbpe", "pooch", "gguf", "jinja2", "sklearn", "scipy", "librosa", "soundfile", "PIL"),
 }
 
 

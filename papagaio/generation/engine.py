@@ -13,6 +13,7 @@ import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -64,6 +65,7 @@ class Engine:
         self.model, self.tokenizer, self.dtype, self.is_chat, self.compiled = model, tokenizer, dtype, is_chat, compiled
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
         self.end = tokenizer.ends
+        self.checkpoint: Path | None = None  # where the model was loaded from
         self.banned = set(tokenizer.special.values()) - self.end
         self._thread = ThreadPoolExecutor(1) if compiled else None  # CUDA graphs belong to the thread that recorded them
 
@@ -83,7 +85,9 @@ class Engine:
         obstacle = runtime.why_not_compiled(device) if options.compile else ""
         if obstacle:
             print(f"generating without --compile: {obstacle}", file=sys.stderr)
-        return cls(model, checkpoint.tokenizer, dtype, checkpoint.is_chat, options.compile and not obstacle)
+        engine = cls(model, checkpoint.tokenizer, dtype, checkpoint.is_chat, options.compile and not obstacle)
+        engine.checkpoint = options.checkpoint
+        return engine
 
     def encode(self, text: str) -> list[int]:
         """The text as the beginning of a document, which <|endoftext|> precedes in training."""

@@ -5,6 +5,7 @@ import math
 import sys
 from typing import Any
 
+from papagaio.generation.drawing import Drawing
 from papagaio.generation.engine import Step
 from papagaio.terminal import coloured, colours
 from papagaio.tokenizer import Tokenizer
@@ -12,15 +13,18 @@ from papagaio.tokenizer import Tokenizer
 ALTERNATIVES = 3  # tokens that are listed beside the one that was drawn
 
 
-def show(done: list[Step], prompt: str, tokenizer: Tokenizer, probabilities: bool) -> None:
+def show(done: list[Step], prompt: str, tokenizer: Tokenizer, probabilities: bool, drawing: Drawing) -> None:
     """Print the last step of a sample as text: its prompt with the first, and with the last one what --show_probs lists."""
     step, in_colour = done[-1], probabilities and colours(sys.stdout)
     if len(done) == 1:
-        print(*["-" * 20] * (step.index > 0), prompt, sep="\n", end="")
-    print(in_colours(done, tokenizer) if in_colour else step.text, end="", flush=True)
+        print(*["-" * 20] * (step.index > 0), drawing.push(prompt), sep="\n", end="")
+    if in_colour:  # each code by itself, in the colour of its probability
+        print(drawing.close() + drawing.marked(in_colours(done, tokenizer)), end="", flush=True)
+    else:
+        print(drawing.push(step.text), end="", flush=True)
     if not step.finish:
         return
-    print()
+    print(drawing.close())
     for token in (each.token for each in done) if probabilities else ():
         probability = math.exp(token.logprob)
         shown = f"{probability:.3f} {tokenizer.decode([token.id])!r:<14}"

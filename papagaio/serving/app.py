@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from papagaio.batches.conversations import render_prompt
 from papagaio.errors import UserError
+from papagaio.generation.drawing import codebooks_near
 from papagaio.generation.engine import Engine
 from papagaio.serving.answers import Form, Generation
 from papagaio.serving.metrics import Metrics, Recorder
@@ -34,6 +35,7 @@ from papagaio.serving.schema import (
     BodyT,
     ChatBody,
     CompletionBody,
+    DecodeBody,
     DetokenizeBody,
     EmbeddingBody,
     FeedbackBody,
@@ -69,6 +71,7 @@ class Service:
     def __init__(self, engine: Engine, options: ServeOptions) -> None:
         self.engine, self.options, self.name, self.created = engine, options, options.name, int(time.time())
         self.scheduler = Scheduler(engine, self.deliver, options.max_batch_size, options.max_queue, options.cache_tokens)
+        self.codebooks = codebooks_near(engine.checkpoint) if engine.checkpoint else []
         self.metrics = Metrics(lambda: self.scheduler.running, lambda: len(self.scheduler.waiting))
 
     def app(self) -> Starlette:
@@ -85,6 +88,7 @@ class Service:
             Route("/v1/embeddings", self.embed, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/decode", self.decode, methods=["POST"]),
             Route("/feedback", self.take_feedback, methods=["POST"]),
         ]
         cors = Middleware(
@@ -142,6 +146,7 @@ class Service:
             "context_length": self.engine.block_size,
             "chat": self.engine.is_chat,
             "feedback": self.options.feedback is not None,
+            "codes": bool(self.codebooks),
         }
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "papagaio", **more}
 
@@ -190,6 +195,15 @@ class Service:
         body = await self.read(request, DetokenizeBody)
         self.check_ids(body.tokens, "tokens")
         return JSONResponse({"prompt": self.engine.tokenizer.decode(body.tokens)})
+
+    async def decode(self, request: Request) -> Response:
+        """The file of the first picture or sound in a text; the header X-Remark says what is wrong with its codes."""
+        text = (await self.read(request, DecodeBody)).text
+        book = next((book for book in self.codebooks if book.opening in text), None)
+        if book is None:
+            raise APIError(404, "no picture or sound of a codebook beside this model", "text")
+        count = len(await self.work(book.found, text))
+        return Response(await self.work(book.file, text), headers={"X-Remark": book.remark(count)}, media_type=book.media_type)
 
     async def take_feedback(self, request: Request) -> Response:
         """Append a rated answer to --feedback, a preference to the file beside it: rows of one kind need a file of their own."""

@@ -179,6 +179,12 @@ class DetokenizeBody(Body):
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
+class DecodeBody(Body):
+    """Codes of a picture or sound (papagaio/senses.py)."""
+
+    text: str
+
+
 class FeedbackBody(Body):
     """A rated answer, `messages` with `good`; or the better (chosen) and the worse (rejected) of two answers to `messages`."""
 

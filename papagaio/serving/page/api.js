@@ -33,6 +33,12 @@ export async function card() {
 
 export const feedback = (body) => request("feedback", { method: "POST", body: JSON.stringify(body) });
 
+// The file that codes stand for, and what is wrong with them.
+export async function decode(model, text) {
+  const response = await request("decode", { method: "POST", body: JSON.stringify({ model, text }) });
+  return { file: await response.blob(), remark: response.headers.get("X-Remark") ?? "" };
+}
+
 // Yields { text, tokens, finish, usage } for each event of an answer.
 export async function* answer(path, body, signal) {
   const sent = { ...body, stream: true, stream_options: { include_usage: true } };

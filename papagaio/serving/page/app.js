@@ -1,6 +1,7 @@
 // The page: conversations with a chat model, or a notebook whose text a base model continues.
 
 import * as api from "./api.js";
+import { know, plain, shown } from "./senses.js";
 import * as store from "./store.js";
 import { inspect, moveFocus, reader, tokenElement } from "./tokens.js";
 
@@ -32,14 +33,14 @@ function button(text, action, properties = {}) {
 function draw() {
   $("conversations").replaceChildren(
     ...store.conversations.map((each) => {
-      const open = button(store.title(each), () => show(each.id));
+      const open = button(plain(store.title(each)), () => show(each.id));
       if (each === store.current) open.setAttribute("aria-current", "true");
       return element("li", {}, open);
     }),
   );
   $("log").replaceChildren(...store.current.turns.map(article));
   $("system").value = store.current.system;
-  document.title = store.current.turns.length ? `${store.title(store.current)} - papagaio` : "papagaio";
+  document.title = store.current.turns.length ? `${plain(store.title(store.current))} - papagaio` : "papagaio";
   $("log").scrollTop = $("log").scrollHeight;
 }
 
@@ -51,7 +52,7 @@ function article(turn, index) {
   const made = element("article", { className: turn.role }, element("h2", { textContent: name }), text, actions);
   made.setAttribute("aria-label", name);
   if (isUser) {
-    text.textContent = turn.text;
+    text.replaceChildren(plain(turn.text), ...shown(turn.text));
     actions.append(button("Edit", () => edit(index, made)));
     return made;
   }
@@ -63,13 +64,13 @@ function article(turn, index) {
 // The tokens of an answer as buttons, and the whole text for screen readers.
 function fill(text, turn, index) {
   if (!turn.tokens?.length) {
-    text.replaceChildren(turn.text);
+    text.replaceChildren(plain(turn.text), ...shown(turn.text));
     return;
   }
   const tokens = element("div", {}, ...turn.tokens.map((token, i) => tokenElement(token, i, settings.colours)));
   tokens.setAttribute("role", "group");
   tokens.setAttribute("aria-label", "Tokens of the answer: arrow keys move, Enter shows what else was probable");
-  text.replaceChildren(element("p", { className: "hidden-text", textContent: turn.text }), tokens);
+  text.replaceChildren(element("p", { className: "hidden-text", textContent: plain(turn.text) }), tokens, ...shown(turn.text));
   text.onclick = (event) => open(event.target);
   text.onkeydown = (event) => {
     moveFocus(event);
@@ -177,7 +178,7 @@ async function run(work) {
   if (!store.save()) end += " This browser's store is full: the conversation is not kept.";
   draw();
   say(failed || !turn ? end : `${end}`, failed);
-  if (!failed && turn?.role === "assistant") $("status").append(element("span", { className: "hidden-text", textContent: ` Answer: ${turn.text}` }));
+  if (!failed && turn?.role === "assistant") $("status").append(element("span", { className: "hidden-text", textContent: ` Answer: ${plain(turn.text)}` }));
 }
 
 // The last answer, after the turns before it; `first`: tokens that it begins with.
@@ -275,7 +276,7 @@ function compare(index) {
     const box = $("log").lastElementChild;
     const sides = [turn, other].map((each, i) => {
       const text = element("div", { className: "text" });
-      text.textContent = each.text;
+      text.replaceChildren(plain(each.text), ...shown(each.text));
       return element("div", {}, element("h2", { textContent: `Answer ${i + 1}` }), text);
     });
     box.replaceChildren(element("div", { className: "pair" }, ...sides));
@@ -288,7 +289,7 @@ function compare(index) {
     }
     const pair = element("div", { className: "pair" });
     [turn, other].forEach((each, i) => {
-      const text = element("div", { className: "text", textContent: each.text });
+      const text = element("div", { className: "text" }, plain(each.text), ...shown(each.text));
       pair.append(element("div", {}, element("h2", { textContent: `Answer ${i + 1}` }), text, button(`Answer ${i + 1} is better`, () => prefer(each))));
     });
     $("log").lastElementChild.replaceChildren(pair, button("Neither", draw));
@@ -375,6 +376,7 @@ async function connect() {
     say(error.status === 401 ? "The server asks for an API key: see the settings." : `Error: ${error.message}`, true);
     return;
   }
+  know(model);
   $("model").textContent = `${model.id}, context of ${model.context_length} tokens`;
   if (!model.chat) {
     $("question-label").textContent = "Text to continue";

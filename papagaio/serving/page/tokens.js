@@ -1,5 +1,7 @@
 // Tokens of an answer, coloured by probability; and what else was probable at each of them.
 
+import { marked } from "./senses.js";
+
 const BOUNDS = [0.9, 0.6, 0.3, 0.1]; // a token below the n-th has the class pn
 
 export function percent(probability) {
@@ -23,7 +25,7 @@ export function tokenElement(token, index, colours) {
   const element = document.createElement("span");
   const level = BOUNDS.filter((bound) => token[2] < bound).length;
   element.className = `token${colours ? ` p${level}` : ""}${token[1].includes("\n") ? " line" : ""}`;
-  element.textContent = token[1];
+  element.textContent = marked(token[1]);
   element.setAttribute("role", "button");
   element.setAttribute("aria-label", `${visible(token[1])}, ${percent(token[2])}`);
   element.title = percent(token[2]);
@@ -45,7 +47,7 @@ export function moveFocus(event) {
   event.preventDefault();
 }
 
-const visible = (text) => JSON.stringify(text).slice(1, -1).replaceAll(" ", "␣") || "part of a character";
+const visible = (text) => JSON.stringify(marked(text)).slice(1, -1).replaceAll(" ", "␣") || "part of a character";
 
 // Show the alternatives to a token; choose(alternative) is called for the one that is chosen.
 export function inspect(token, choose) {

@@ -1,0 +1,143 @@
+"""A dataset of pictures or sounds with captions, as texts: documents for data/prepare.py and questions for finetune.py.
+
+    codebook.json       the codes (papagaio/senses.py)
+    corpus.jsonl        {"text": "<codes> three."} and {"text": "three: <codes>"}, of the training examples alone
+    qa_train.jsonl      {"question": "Which digit is this?\\n<codes>", "answer": "three"}; and "Draw a three."
+    qa_dev.jsonl        the first kind of question about examples that are never trained on, to choose settings with
+    qa_test.jsonl       the same about others, to measure once
+    make.jsonl          the second kind of question for each caption, without answers
+
+A folder of files with captions has them in metadata.jsonl, as Hugging Face's datasets have (imagefolder, audiofolder): lines
+{"file_name": "a.png", "text": "a red house"}.
+"""
+
+import hashlib
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from papagaio.corpus.rows import read_rows
+from papagaio.errors import UserError
+from papagaio.files import whole
+from papagaio.senses import CODED, Codebook, load_codebook, save_codebook
+
+Split = Literal["train", "dev", "test"]
+CODEBOOK = "codebook.json"
+TYPED = "".join(map(chr, range(32, 127))) + "\náàâãçéêíóôõúü"  # what a question may be typed with
+
+
+class Example(NamedTuple):
+    """A picture or sound as codes, what it shows or says, and where it is from."""
+
+    codes: str
+    caption: str
+    split: Split
+    source: str
+    typical: bool = True  # False: it is changed so much that it is named only, and not what should be made
+
+
+class Wording(NamedTuple):
+    """Two questions: about codes, whose answer is a caption, and for codes that fit a caption."""
+
+    name: str = "What is this?\n{codes}"
+    make: str = "Make this: {caption}"
+
+
+def read_captions(folder: Path) -> list[tuple[Path, str, str]]:
+    """(file, caption, place of the line that has it) of a folder. Raises UserError if metadata.jsonl is not as it should be."""
+    listing, found = folder / "metadata.jsonl", []
+    if not listing.is_file():
+        raise UserError(f'{listing}: no such file; it lists the files of the folder: {{"file_name": ..., "text": ...}}')
+    for place, row, error, _ in read_rows(str(listing)):
+        if error or not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
+            raise UserError(f"{place}: {error or 'a line is an object with file_name and text, both of them texts'}")
+        if not row["text"].strip() or CODED.search(row["text"]):
+            raise UserError(f"{place}: a caption has characters, and none of Unicode's private use areas")
+        found.append((folder / row["file_name"], row["text"].strip(), place))
+    if not found:
+        raise UserError(f"{listing}: no files are listed")
+    named = {path.resolve() for path, *_ in found}
+    others = sorted(path.name for path in folder.iterdir() if path.resolve() not in named and path != listing)
+    if others:
+        print(f"{folder}: files without a caption, which are left out: {len(others):,} ({others[0]})", file=sys.stderr)
+    return found
+
+
+def split_of(source: str, seed: int) -> Split:
+    """10 % of the sources are for tests, 5 % for development."""
+    percent = int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()) % 100
+    return "train" if percent < 85 else "dev" if percent < 90 else "test"
+
+
+def write_dataset(out: Path, book: Codebook, examples: Sequence[Example], wording: Wording, named: int, seed: int) -> None:
+    """Write the six files. `named`: how many training questions name an example for each that asks for one."""
+    splits: dict[str, list[Example]] = {"train": [], "dev": [], "test": []}
+    for example in examples:
+        splits[example.split].append(example)
+    random.Random(seed).shuffle(splits["train"])
+    # The first document has every character once, so that a char tokenizer knows those that only a question or a test has.
+    captions = sorted({example.caption for example in examples})
+    others = "".join(sorted({*"".join(captions), *"".join(wording)} - set(TYPED)))
+    typical = [example for example in splits["train"] if example.typical]
+    documents = [{"text": TYPED + others + book.characters}]
+    for number, example in enumerate(splits["train"]):
+        documents.append({"text": f"{example.codes} {example.caption}.", "source": example.source})
+        if number % 2 == 0:  # not beside the document with the same codes, which a model would copy in training
+            made = typical[number // 2 % len(typical)]
+            documents.append({"text": f"{made.caption}: {made.codes}", "source": made.source})
+    questions = {split: [question(each, wording) for each in splits[split]] for split in ("dev", "test")}
+    questions["train"] = []
+    for number, example in enumerate(splits["train"]):
+        questions["train"].append(question(example, wording))
+        if number % named == 0:
+            questions["train"].append(question(typical[number // named % len(typical)], wording, make=True))
+    questions["make"] = [{"question": wording.make.format(caption=caption), "caption": caption} for caption in captions]
+    out.mkdir(parents=True, exist_ok=True)
+    save_codebook(book, out / CODEBOOK)
+    write_rows(out / "corpus.jsonl", documents)
+    for name, rows in questions.items():
+        write_rows(out / f"{name}.jsonl" if name == "make" else out / f"qa_{name}.jsonl", rows)
+    counts = Counter(example.split for example in examples)
+    length = sum(len(example.codes) for example in examples) / max(len(examples), 1)
+    shares = ", ".join(f"{split} {counts[split]:,}" for split in splits)
+    print(f"{out}: {shares}; {len(book.vectors)} codes, {length:.1f} characters each", file=sys.stderr)
+
+
+def question(example: Example, wording: Wording, make: bool = False) -> dict[str, str]:
+    kind = "make" if make else "name"
+    asked = getattr(wording, kind).format(codes=example.codes, caption=example.caption)
+    return {"question": asked, "answer": example.codes if make else example.caption, "kind": kind, "source": example.source}
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    with whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+
+
+def read_codes(path: Path) -> list[tuple[str, str]]:
+    """(place, text) of what sample.py --json or chat.py --questions wrote; of a text file, its lines."""
+    found = []
+    if path.suffix != ".jsonl":
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        found = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if CODED.search(line)]
+    else:
+        for place, row, error, _ in read_rows(str(path)):
+            text = next((row[key] for key in ("completion", "answer") if key in row), None) if isinstance(row, dict) else None
+            if error or not isinstance(text, str):
+                raise UserError(f"{place}: {error or 'an object with a text under completion or answer is needed'}")
+            found.append((place, text))
+    if not found:
+        raise UserError(f"{path}: no codes in this file")
+    return found
+
+
+def find_codebook(given: Path | None, beside: Path) -> Codebook:
+    """The codebook that is given, else the one beside a file. Raises UserError if there is none."""
+    path = given or beside.parent / CODEBOOK
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --codebook names the one that the codes were made with")
+    return load_codebook(path)
