@@ -125,7 +125,7 @@ def make(config: DigitsOptions, pictures: list[tuple[Array, Example]]) -> None:
     book = learn(book, chosen, config.codes, config.seed)
     examples = [example._replace(codes=book.text(picture)) for picture, example in progress(pictures, "encoded")]
     wording = Wording() if config.folder else WORDING
-    write_dataset(config.out, book, examples, wording, 2, config.seed)
+    write_dataset(config.out, book, examples, wording, config.seed)
 
 
 def draw_sheet(found: Sequence[tuple[str, str]], book: PictureCodebook, out: Path) -> None:

@@ -218,7 +218,7 @@ def make(config: SpeechOptions, sounds: list[tuple[Array, Example]]) -> None:
     training = [sound for sound, example in sounds if example.split == "train"]
     book = learn(book, random.Random(config.seed).sample(training, min(len(training), 3000)), config.codes, config.seed)
     examples = [example._replace(codes=book.text(sound)) for sound, example in progress(sounds, "encoded")]
-    write_dataset(config.out, book, examples, WORDING, 1, config.seed)
+    write_dataset(config.out, book, examples, WORDING, config.seed)
 
 
 def decode_all(found: list[tuple[str, str]], book: Codebook, out: Path) -> None:

@@ -73,7 +73,7 @@ def test_documents_and_questions_of_a_folder(made: Path) -> None:
     train = rows(made / "qa_train.jsonl")
     held = [*rows(made / "qa_dev.jsonl"), *rows(made / "qa_test.jsonl")]
     assert len(train) == len(documents)
-    assert len([row for row in train if row["kind"] == "name"]) + len(held) == 40
+    assert len(train) + len(held) == 40
     assert not {row["source"] for row in train} & {row["source"] for row in held}
     texts = {name: book.text(picture) for name, picture in halves().items()}
     for row in [*train, *held]:

@@ -73,8 +73,8 @@ def split_of(source: str, seed: int) -> Split:
     return "train" if percent < 85 else "dev" if percent < 90 else "test"
 
 
-def write_dataset(out: Path, book: Codebook, examples: Sequence[Example], wording: Wording, named: int, seed: int) -> None:
-    """Write the six files. `named`: how many training questions name an example for each that asks for one."""
+def write_dataset(out: Path, book: Codebook, examples: Sequence[Example], wording: Wording, seed: int) -> None:
+    """Write the six files. Two in three training questions are about an example, the others ask for one."""
     splits: dict[str, list[Example]] = {"train": [], "dev": [], "test": []}
     for example in examples:
         splits[example.split].append(example)
@@ -84,17 +84,24 @@ def write_dataset(out: Path, book: Codebook, examples: Sequence[Example], wordin
     others = "".join(sorted({*"".join(captions), *"".join(wording)} - set(TYPED)))
     typical = [example for example in splits["train"] if example.typical]
     documents = [{"text": TYPED + others + book.characters}]
+    # If all are typical, each is used once: of two neighbours with the same codes a model would learn to copy the first.
+    once = len(typical) == len(splits["train"])
     for number, example in enumerate(splits["train"]):
-        documents.append({"text": f"{example.codes} {example.caption}.", "source": example.source})
-        if number % 2 == 0:  # not beside the document with the same codes, which a model would copy in training
-            made = typical[number // 2 % len(typical)]
+        make = number % 2 == 0
+        if not (make and once):
+            documents.append({"text": f"{example.codes} {example.caption}.", "source": example.source})
+        if make:
+            made = example if once else typical[number // 2 % len(typical)]
             documents.append({"text": f"{made.caption}: {made.codes}", "source": made.source})
     questions = {split: [question(each, wording) for each in splits[split]] for split in ("dev", "test")}
     questions["train"] = []
     for number, example in enumerate(splits["train"]):
-        questions["train"].append(question(example, wording))
-        if number % named == 0:
-            questions["train"].append(question(typical[number // named % len(typical)], wording, make=True))
+        make = number % (3 if once else 2) == 0
+        if not (make and once):
+            questions["train"].append(question(example, wording))
+        if make:
+            made = example if once else typical[number // 2 % len(typical)]
+            questions["train"].append(question(made, wording, make=True))
     questions["make"] = [{"question": wording.make.format(caption=caption), "caption": caption} for caption in captions]
     out.mkdir(parents=True, exist_ok=True)
     save_codebook(book, out / CODEBOOK)
