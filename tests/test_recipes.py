@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -55,6 +56,12 @@ def test_smol_holds_out_one_wording_of_each_answer() -> None:
     assert {row.key for row in development}.isdisjoint(row.key for row in asked)
     assert {row.answer for row in development} < answers
     assert smol.divide(train[::3]) == (train[::3], [])  # each answer once
+    for row in train:
+        same, *others = smol.varied(row, random.Random(1))
+        assert same == row
+        assert {other.answer for other in others} == {row.answer}
+        assert len({other.messages[-2].content for other in others} - {row.messages[-2].content}) >= 2
+        assert all("bemtevi" in other.messages[-2].content.lower() for other in others if "Bemtevi" in row.messages[-2].content)
 
 
 def test_smol_refuses_other_files_and_leaves_nothing(tmp_path: Path) -> None:
