@@ -172,13 +172,14 @@ def test_a_question_stands_once_and_is_not_its_own_answer(asked: dict[str, list[
         assert row["answer"].removesuffix(".").casefold() not in {phrase.casefold() for phrase in subject(row)}
 
 
-@pytest.mark.parametrize("part", ["dev", "test", "left_out"])
+@pytest.mark.parametrize("part", [pytest.param("dev", marks=pytest.mark.slow), "test", "left_out"])
 def test_no_question_of_another_file_names_a_held_out_entity(asked: dict[str, list[Row]], part: str) -> None:
     held_out = set.union(*map(names, asked[part]))
     others = [row["question"] for other in PARTS if other != part for row in asked[other]]
     assert [(name, text) for text in others for name in held_out if all(stands_in(phrase, text) for phrase in name)] == []
 
 
+@pytest.mark.slow
 def test_the_corpus_tells_often_what_is_asked(corpus: list[str], asked: dict[str, list[Row]]) -> None:
     rows = [row for part in ("train", "dev", "test") for row in asked[part]]
     facts = [(*subject(row), row["answer"].removesuffix(".")) for row in rows]

@@ -139,7 +139,7 @@ def timeless(run: Path) -> list[dict]:
     "options",
     [
         ["--dropout=0.1", "--micro_batch_size=2"],
-        ["--preset=gpt2"],
+        pytest.param(["--preset=gpt2"], marks=pytest.mark.slow),
         ["--preset=frontier", "--dtype=float16", "--dropout=0.1", "--activation_checkpointing"],
     ],
     ids=["modern", "gpt2", "frontier"],

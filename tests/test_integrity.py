@@ -129,6 +129,7 @@ def test_two_thousand_flipped_bits_and_cuts_are_seen_and_named(home: Path) -> No
     check_damages(home, 2000)
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_small_files_is_watched(home: Path) -> None:
     """The manifests and tokenizer.json, whose sha256 stands in no other file."""
     for file, read in (

@@ -281,8 +281,10 @@ def test_a_key_is_asked_for(browser: Any, world: Path, start: Start) -> None:  #
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 360])
+OTHERS = [pytest.param(*values, marks=pytest.mark.slow) for values in ((360, "light"), (1200, "dark"))]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (360, "dark"), *OTHERS])
 def test_axe_finds_no_violations(browser: Any, server: Running, scheme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     options = {"color_scheme": scheme, "viewport": {"width": width, "height": 700}, "bypass_csp": True}

@@ -192,6 +192,7 @@ def test_torchrun_itself_is_stopped(world: Path, runs: Callable[[int], Path], to
     assert saved.state["step"] == max(step for (step,) in figures(tmp_path, "step"))
 
 
+@pytest.mark.slow
 def test_two_processes_then_one(world: Path, runs: Callable[[int], Path], torchrun: Torchrun, tmp_path: Path) -> None:
     """A checkpoint has the same tensors whatever the number of processes."""
     run = tmp_path / "run"

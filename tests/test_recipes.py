@@ -258,6 +258,7 @@ def test_docs_known_question(questions: dict[str, list[dict[str, str]]], questio
     assert [row["answer"] for split in SPLITS for row in questions[split] if row["question"] == question] == [answer]
 
 
+@pytest.mark.slow
 def test_docs_same_seed_same_bytes_other_seed_other_split(docs: Path, tmp_path: Path) -> None:
     for out, seed in (("same", 1337), ("other", 1)):
         done = script("data/python_docs.py", "--out", tmp_path / out, f"--seed={seed}", PYTHONHASHSEED="2")
