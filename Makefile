@@ -28,8 +28,11 @@ smol: .venv
 	test -d out/smol/base || $(RUN) export.py from-gguf out/smol/smollm2.gguf --out_dir out/smol/base
 	printf '%s\n' "What is the capital of France?" "How many days has a week?" "Why is the sky blue?" | \
 	    $(RUN) chat.py --checkpoint out/smol/base --questions -
+	test -f out/smol/library/corpus.jsonl || $(RUN) data/python_docs.py --out out/smol/library
+	$(RUN) data/prepare.py --input out/smol/library/corpus.jsonl --out out/smol/text --tokenizer out/smol/base --overwrite
 	$(RUN) finetune.py config/smol_finetune.toml --overwrite
-	$(RUN) evaluate.py --checkpoint out/smol/base out/smol/chat --questions out/smol/qa_test.jsonl --text out/smol/general.txt --show 10
+	$(RUN) evaluate.py --checkpoint out/smol/base out/smol/chat --questions out/smol/qa_test.jsonl --show 10 \
+	    --text out/smol/general.txt docs/finetuning.md
 	rm -rf out/smol/hf out/smol/chat.gguf
 	$(RUN) export.py to-hf out/smol/chat --out out/smol/hf
 	$(RUN) export.py to-gguf out/smol/chat --out out/smol/chat.gguf --type q8_0
