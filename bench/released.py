@@ -164,8 +164,10 @@ def greedy(config: ReleasedOptions) -> None:
     model, tokenizer = load(config.out / "run")
     engine, asked = Engine(kernels.accelerate(model), tokenizer), prompts(config, 20, 12)
     ours, ids = engine.greedy(asked, 200, -1), torch.tensor(asked)
-    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 200, "min_new_tokens": 200}
-    found = theirs(config).generate(ids, **settings)
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 200}
+    other = theirs(config)
+    other.generation_config.eos_token_id = None  # nothing ends, on either side
+    found = other.generate(ids, **settings)
     equal = sum(a == b for a, b in zip(ours, found[:, 12:].tolist(), strict=True))
     print(f"greedy, 200 tokens: the same as transformers for {equal} of 20 prompts")
     if config.llama:
