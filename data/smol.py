@@ -90,7 +90,7 @@ def divide(conversations: Sequence[Conversation]) -> tuple[list[Conversation], l
 
 
 def varied(row: Conversation, draws: random.Random) -> list[Conversation]:
-    """The conversation, and three more in which its last question is worded less carefully: so that a model learns what is asked
+    """The conversation, and up to three more whose last question is worded less carefully: so that a model learns what is asked
     and not a sentence by heart. Names and numbers stay."""
     question = row.messages[-2].content
 
@@ -100,7 +100,7 @@ def varied(row: Conversation, draws: random.Random) -> list[Conversation]:
         return " ".join(kept) or question
 
     others = (draws.choice(OPENINGS) + question, without_words(), without_words().lower().rstrip("?."))
-    made = [row.messages[-2].model_copy(update={"content": text}) for text in others]
+    made = [row.messages[-2].model_copy(update={"content": text}) for text in dict.fromkeys(others) if text != question]
     return [row, *(row.model_copy(update={"messages": [*row.messages[:-2], message, row.messages[-1]]}) for message in made)]
 
 
