@@ -26,7 +26,6 @@ currency of South Sudan?" is dropped from training if Sudan is in the test. Only
 months are asked for are named by those questions, so as entities they are all in training, as are English and Portuguese.
 """
 
-import json
 import random
 import re
 import sys
@@ -39,7 +38,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from papagaio.errors import UserError, run
-from papagaio.files import write_whole
+from papagaio.files import write_rows
 from papagaio.options import Options, option, parse
 
 TURNS = 20  # in each, every fact is stated alone, with facts of its entity, and in a list of facts of its relation
@@ -123,7 +122,7 @@ def main(config: AtlasOptions) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     for name, rows in {"corpus": corpus, **word(questions, random.Random(config.seed))}.items():
         path = config.out / f"{name}.jsonl"
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(path, rows)
         kinds = sorted(Counter(row["kind"] for row in rows if "kind" in row).items())
         counts = "".join(f", {count} {kind}" for kind, count in kinds)
         print(f"{path}: {len(rows):,} lines, {path.stat().st_size:,} bytes{counts}", file=sys.stderr)

@@ -21,10 +21,11 @@ from pydantic import model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from papagaio.corpus.captioned import Example, Wording, find_codebook, read_captions, read_codes, split_of, write_dataset
+from papagaio.corpus.captioned import CodeOptions, Example, Wording, find_codebook, read_captions, read_codes, write_dataset
+from papagaio.corpus.split import split_of
 from papagaio.errors import UserError, located, run
-from papagaio.options import Options, option, parse
-from papagaio.senses import Array, PictureCodebook, check_installed, encode, learn, open_picture, write_file
+from papagaio.options import option, parse
+from papagaio.senses import Array, PictureCodebook, check_installed, learn, open_picture, write_file
 from papagaio.terminal import progress
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -34,27 +35,18 @@ TYPICAL = 0.15  # strength of the changes of one in six, which may be drawn; the
 LEARNED_FROM = 6000  # pictures from which the codebook is learned
 
 
-class DigitsOptions(Options):
+class DigitsOptions(CodeOptions):
     """Options of data/digits.py."""
 
-    out: Path | None = option(None, "directory of the dataset; with --decode the picture of all pictures, .png")
     folder: Path | None = option(None, "a folder of pictures with metadata.jsonl, instead of the digits")
-    encode: tuple[Path, ...] = option((), "print the codes of these pictures, a line each")
-    decode: Path | None = option(None, "JSON lines of sample.py or chat.py, or - for text with codes: draw its pictures to --out")
-    codebook: Path | None = option(None, "codebook.json to encode or decode with (default: beside the file to decode)")
     copies: int = option(80, "each training digit is there so many times, each time changed a little", ge=1)
     codes: int = option(128, "codes in the codebook", ge=2, le=6400)
     patch: int = option(2, "pixels of the side of a patch, which is one code", ge=1)
     size: int = option(32, "with --folder: pictures are cut to squares and scaled to so many pixels", ge=1, le=1024)
     colour: bool = option(False, "with --folder: red, green and blue instead of grey")
-    seed: int = option(1337, "of the split, the changes, the order and the codebook", ge=0)
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        if (self.encode and self.decode) or (self.out is None and not self.encode):
-            raise ValueError("give --out to make a dataset, --encode, or --decode with --out")
-        if self.encode and not self.codebook:
-            raise ValueError("encode needs --codebook")
+    def _check_pictures(self) -> Self:
         if self.decode and self.out.suffix != ".png":
             raise ValueError(f"out {self.out}: the name of a .png file is needed")
         if self.folder and self.size % self.patch:
@@ -67,9 +59,7 @@ class DigitsOptions(Options):
 def main(config: DigitsOptions) -> None:
     check_installed("sklearn", "PIL")
     if config.encode:
-        book = find_codebook(config.codebook, Path())
-        for text in [encode(path, book) for path in config.encode]:
-            print(text)
+        config.print_codes()
     elif config.decode:
         draw_sheet(read_codes(config.decode), find_codebook(config.codebook, config.decode), config.out)
     else:

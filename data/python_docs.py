@@ -14,8 +14,6 @@ No module is imported, files are only read, so that the same Python and --seed g
 """
 
 import ast
-import hashlib
-import json
 import os
 import re
 import sys
@@ -27,7 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from papagaio.corpus.split import split_of
 from papagaio.errors import MachineError, UserError, run
+from papagaio.files import write_rows
 from papagaio.options import Options, option, parse
 
 # Tests, installed packages, and files that describe the machine on which this Python was built.
@@ -76,13 +76,14 @@ def main(config: PythonDocsOptions) -> None:
         raise MachineError(f"{library} has no Python source: this Python was installed without its standard library's files")
 
     config.out.mkdir(parents=True, exist_ok=True)
-    write(config.out / "corpus.jsonl", documents)
+    write_rows(config.out / "corpus.jsonl", documents)
     size = sum(len(document["text"].encode()) for document in documents)
     print(f"corpus: {len(documents):,} documents, {size / 1e6:.1f} MB; unreadable files: {unreadable}", file=sys.stderr)
     questions = distinct(questions)
     for split in ("train", "dev", "test"):
+        # One docstring may help with the question about another of the module.
         chosen = [question for question in questions if split_of(module_name(question["source"]), config.seed) == split]
-        write(config.out / f"qa_{split}.jsonl", chosen)
+        write_rows(config.out / f"qa_{split}.jsonl", chosen)
         counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(Counter(question["kind"] for question in chosen).items()))
         print(f"qa_{split}: {len(chosen):,} questions: {counts}", file=sys.stderr)
 
@@ -150,16 +151,6 @@ def distinct(questions: list[dict[str, str]]) -> list[dict[str, str]]:
     first = {question["question"]: question for question in reversed(questions)}
     repeats = Counter(question["answer"] for question in first.values())
     return [question for question in reversed(first.values()) if repeats[question["answer"]] <= MOST_REPEATS]
-
-
-def split_of(module: str, seed: int) -> str:
-    """All questions about a module are in one split, because one docstring may help with the question about another."""
-    percent = int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()) % 100
-    return "train" if percent < 85 else "dev" if percent < 90 else "test"
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ writes
 Questions of which every answer stands once cannot be divided: they are trained on, and the same questions are asked.
 """
 
-import json
 import random
 import shutil
 import subprocess
@@ -74,8 +73,7 @@ def main(config: SmolOptions) -> None:
     draws = random.Random(config.seed)
     for name, part in (("train", [other for row in train for other in varied(row, draws)]), ("test", test or train)):
         rows = [{"messages": [message.model_dump(include={"role", "content"}) for message in row.messages]} for row in part]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        files.write_whole(config.out / f"qa_{name}.jsonl", "".join(lines))
+        files.write_rows(config.out / f"qa_{name}.jsonl", rows)
     print(f"{config.qa}: {len(train):,} questions to train on, {len(test):,} in other words held out", file=sys.stderr)
     files.write_whole(config.out / "general.txt", general_text())
 
@@ -90,8 +88,8 @@ def divide(conversations: Sequence[Conversation]) -> tuple[list[Conversation], l
 
 
 def varied(row: Conversation, draws: random.Random) -> list[Conversation]:
-    """The conversation, and up to three more whose last question is worded less carefully: so that a model learns what is asked
-    and not a sentence by heart. Names and numbers stay."""
+    """The conversation, and up to three more whose last question is worded less carefully, so that a model does not learn
+    whole sentences by heart. Names and numbers stay."""
     question = row.messages[-2].content
 
     def without_words() -> str:

@@ -18,18 +18,18 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from papagaio.corpus.captioned import Example, Wording, find_codebook, read_captions, read_codes, split_of, write_dataset
+from papagaio.corpus.captioned import CodeOptions, Example, Wording, find_codebook, read_captions, read_codes, write_dataset
+from papagaio.corpus.split import split_of
 from papagaio.errors import MachineError, UserError, located, run
 from papagaio.files import whole
-from papagaio.options import Options, option, parse
-from papagaio.senses import Array, Codebook, SoundCodebook, check_installed, decode, encode, learn
+from papagaio.options import option, parse
+from papagaio.senses import Array, Codebook, SoundCodebook, check_installed, decode, learn
 from papagaio.terminal import progress
 
 # espeak-ng's variants of a voice (espeak-ng-data/voices/!v). Those that only whisper or hiss are left out.
@@ -89,27 +89,14 @@ TOP_DB = 40  # what is this much quieter than the loudest, at both ends, is cut 
 WORDING = Wording("What was said?\n{codes}", "Say {caption}.")
 
 
-class SpeechOptions(Options):
+class SpeechOptions(CodeOptions):
     """Options of data/speech.py."""
 
-    out: Path | None = option(None, "directory of the dataset; with --decode of the .wav files")
     folder: Path | None = option(None, "a folder of .wav files with metadata.jsonl, instead of espeak-ng's numbers")
-    encode: tuple[Path, ...] = option((), "print the codes of these .wav files, a line each")
-    decode: Path | None = option(None, "JSON lines of sample.py or chat.py, or - for text with codes: write its sounds to --out")
-    codebook: Path | None = option(None, "codebook.json to encode or decode with (default: beside the file to decode)")
     copies: int = option(35, "times that each number is spoken for training, in each language", ge=1)
     versions: int = option(4, "encodings of each spoken number: the first as it is, the others a little faster or slower", ge=1)
     codes: int = option(512, "codes in the codebook", ge=2, le=6400)
     rate: int = option(RATE, "with --folder: samples per second of its files", ge=1000)
-    seed: int = option(1337, "of voices, pitches, speeds, the order and the codebook", ge=0)
-
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        if (self.encode and self.decode) or (self.out is None and not self.encode):
-            raise ValueError("give --out to make a dataset, --encode, or --decode with --out")
-        if self.encode and not self.codebook:
-            raise ValueError("encode needs --codebook")
-        return self
 
 
 class Utterance(NamedTuple):
@@ -154,9 +141,7 @@ def utterances(variants: tuple[str, ...], copies: int, generator: random.Random)
 def main(config: SpeechOptions) -> None:
     check_installed("sklearn", "librosa", "soundfile")
     if config.encode:
-        book = find_codebook(config.codebook, Path())
-        for text in [encode(path, book) for path in config.encode]:
-            print(text)
+        config.print_codes()
     elif config.decode:
         decode_all(read_codes(config.decode), find_codebook(config.codebook, config.decode), config.out)
     elif config.folder:

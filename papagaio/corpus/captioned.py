@@ -11,23 +11,48 @@ A folder of files with captions has them in metadata.jsonl, as Hugging Face's da
 {"file_name": "a.png", "text": "a red house"}.
 """
 
-import hashlib
-import json
 import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Self
+
+from pydantic import model_validator
 
 from papagaio.corpus.rows import read_rows
+from papagaio.corpus.split import Split
 from papagaio.errors import UserError
-from papagaio.files import whole
-from papagaio.senses import CODED, Codebook, load_codebook, save_codebook
+from papagaio.files import write_rows
+from papagaio.options import Options, option
+from papagaio.senses import CODED, Codebook, encode, load_codebook, save_codebook
 
-Split = Literal["train", "dev", "test"]
 CODEBOOK = "codebook.json"
 TYPED = "".join(map(chr, range(32, 127))) + "\náàâãçéêíóôõúü"  # what a question may be typed with
+
+
+class CodeOptions(Options):
+    """What data/digits.py and data/speech.py have in common."""
+
+    out: Path | None = option(None, "directory of the dataset; with --decode what is made of the codes")
+    encode: tuple[Path, ...] = option((), "print the codes of these files, a line each")
+    decode: Path | None = option(None, "JSON lines of sample.py or chat.py, or - for text with codes: files of them to --out")
+    codebook: Path | None = option(None, "codebook.json to encode or decode with (default: beside the file to decode)")
+    seed: int = option(1337, "of everything that is drawn: the split, the changes, the order, the codebook", ge=0)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.encode and self.decode) or (self.out is None and not self.encode):
+            raise ValueError("give --out to make a dataset, --encode, or --decode with --out")
+        if self.encode and not self.codebook:
+            raise ValueError("encode needs --codebook")
+        return self
+
+    def print_codes(self) -> None:
+        """A line of codes for each file of --encode, or none if one of them does not fit the codebook."""
+        book = find_codebook(self.codebook, Path())
+        for text in [encode(path, book) for path in self.encode]:
+            print(text)
 
 
 class Example(NamedTuple):
@@ -65,12 +90,6 @@ def read_captions(folder: Path) -> list[tuple[Path, str, str]]:
     if others:
         print(f"{folder}: files without a caption, which are left out: {len(others):,} ({others[0]})", file=sys.stderr)
     return found
-
-
-def split_of(source: str, seed: int) -> Split:
-    """10 % of the sources are for tests, 5 % for development."""
-    percent = int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()) % 100
-    return "train" if percent < 85 else "dev" if percent < 90 else "test"
 
 
 def write_dataset(out: Path, book: Codebook, examples: Sequence[Example], wording: Wording, seed: int) -> None:
@@ -118,11 +137,6 @@ def question(example: Example, wording: Wording, make: bool = False) -> dict[str
     kind = "make" if make else "name"
     asked = getattr(wording, kind).format(codes=example.codes, caption=example.caption)
     return {"question": asked, "answer": example.codes if make else example.caption, "kind": kind, "source": example.source}
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    with whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
 
 
 def read_codes(path: Path) -> list[tuple[str, str]]:
